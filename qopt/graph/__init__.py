@@ -1,0 +1,1 @@
+"""Models in: loading, the prepared ONNX graph (the truth) and its torch.fx twin."""

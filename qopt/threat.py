@@ -1,0 +1,45 @@
+"""The threat model: the norm and the radius of the ball an attacker may move an image in."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, final
+
+from qopt.errors import UsageError
+
+Norm = Literal["linf", "l2"]
+
+
+@final
+@dataclass(frozen=True)
+class ThreatModel:
+    """All images within ``eps`` of the clean one in ``norm``, pixels in [0, 1]."""
+
+    norm: Norm = "linf"
+    eps: float = 8 / 255
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("linf", "l2"):
+            raise UsageError("unknown norm", where="--norm", expected="linf or l2", got=repr(self.norm))
+        if not (math.isfinite(self.eps) and self.eps >= 0):
+            raise UsageError("eps must be a finite number, zero or larger", where="--eps", got=repr(self.eps))
+
+    def __str__(self) -> str:
+        pixels = self.eps * 255
+        whole = self.norm == "linf" and 0 < pixels < 32 and abs(pixels - round(pixels)) < 1e-9
+        return f"{self.norm} {round(pixels)}/255" if whole else f"{self.norm} {self.eps:g}"
+
+
+def parse_eps(text: str) -> float:
+    """Read ``0.1`` or ``8/255``; raises UsageError where it is neither."""
+    try:
+        return float(Fraction(text.replace(" ", "")))
+    except (ValueError, ZeroDivisionError) as error:
+        raise UsageError("eps is not a number", where="--eps", expected="0.1 or 8/255", got=repr(text)) from error
+
+
+def default_threat(channels: int) -> ThreatModel:
+    """linf 8/255 for images of three channels, 0.1 for one; printed wherever it was not declared."""
+    return ThreatModel("linf", 0.1 if channels == 1 else 8 / 255)
