@@ -29,12 +29,26 @@ class Stored:
 
     @property
     def bytes(self) -> int:
-        """Bytes of codes, scales and, for log formats, the table of levels; zero points are not stored for weights."""
+        """Bytes of codes and scales; tables of levels are shared by all tensors of a format: see `table_bytes`."""
         if self.spec.is_float:
             return self.code_bytes
-        scales = self.channels if self.spec.granularity == "channel" else 1
-        table = 0 if self.spec.kind == "int" else 2**self.spec.container_bits * (1 if self.spec.bits <= 4 else 4)
-        return self.code_bytes + scales * SCALE_BYTES + table
+        return self.code_bytes + (self.channels if self.spec.granularity == "channel" else 1) * SCALE_BYTES
+
+
+def table_bytes(spec: WeightSpec) -> int:
+    """Bytes of the table that turns a format's codes into levels; a file holds one for each format it uses."""
+    if spec.is_float or (spec.kind == "int" and spec.container_bits != 2):
+        return 0
+    if spec.container_bits == 2:
+        return 256 * 4
+    return (1 << spec.container_bits) * (1 if spec.bits <= 4 else 4)
+
+
+def stored_bytes(tensors: Iterable[Stored]) -> int:
+    """Bytes of all codes, scales and tables of a network; weights have no zero points."""
+    items = list(tensors)
+    tables = {(t.spec.kind, t.spec.bits): table_bytes(t.spec) for t in items}
+    return sum((t.bytes for t in items), 0) + sum(tables.values())
 
 
 def code_bits(tensors: Iterable[Stored]) -> float:
@@ -48,4 +62,4 @@ def stored_bits(tensors: Iterable[Stored]) -> float:
     """``8 * bytes(codes + scales + zero points + tables) / number of weights``: what the file costs."""
     items = list(tensors)
     total = sum(t.weights for t in items)
-    return 8 * sum(t.bytes for t in items) / total if total else 0.0
+    return 8 * stored_bytes(items) / total if total else 0.0

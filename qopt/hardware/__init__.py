@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Cost models and targets: what a format costs where it runs."""

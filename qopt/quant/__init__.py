@@ -1,1 +1,26 @@
-"""Placeholder."""
+"""Quantizers as pure numerics: weights to codes and back, activation ranges and their simulation, bias, packing."""
+
+from __future__ import annotations
+
+from qopt.quant.activations import GRADIENTS, ActivationQuantizer, AffineRange, Gradient
+from qopt.quant.bias import corrected_bias
+from qopt.quant.codebook import Codebook, codebook
+from qopt.quant.observer import RangeObserver
+from qopt.quant.packing import pack, unpack
+from qopt.quant.quantized import QuantizedWeight
+from qopt.quant.weights import quantize_weight
+
+__all__ = [
+    "GRADIENTS",
+    "ActivationQuantizer",
+    "AffineRange",
+    "Codebook",
+    "Gradient",
+    "QuantizedWeight",
+    "RangeObserver",
+    "codebook",
+    "corrected_bias",
+    "pack",
+    "quantize_weight",
+    "unpack",
+]

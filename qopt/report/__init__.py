@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""One report, several views: what was asked, what was chosen and why, what was measured."""

@@ -1,0 +1,194 @@
+"""Networks from the user's own code: ``package.module:name`` names a factory, a state dict fills what it builds."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final, final
+
+import torch
+from torch import nn
+
+from qopt.errors import CorruptModelError, UsageError, nearest
+
+OPTION: Final = "--model"
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
+"""Keys under which training scripts keep the state dict in a checkpoint."""
+
+_PREFIXES = ("module.", "_orig_mod.")
+"""What DataParallel and torch.compile put before every name."""
+
+
+@final
+class Built:
+    """What a factory returned: the module, and example arguments of its forward() if it gave some."""
+
+    def __init__(self, module: nn.Module, example: tuple[Any, ...] | None) -> None:
+        self.module, self.example = module, example
+
+
+def build(factory: str) -> Built:
+    """Call the factory ``package.module:name`` without arguments; modules beside the current directory are found.
+
+    The code behind the name is the user's and is trusted. Its prints go to stderr.
+
+    Raises:
+        UsageError: no such module or name, not callable, it raised, or it returned neither a module nor a tuple
+            ``(module, example_inputs)``.
+    """
+    module_name, colon, name = factory.partition(":")
+    if not colon or not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
+        raise UsageError("not a factory", where=OPTION, expected="package.module:name", got=repr(factory))
+    with importable_here(), contextlib.redirect_stdout(sys.stderr):
+        module = _import(module_name, factory)
+        function = getattr(module, name, None)
+        if function is None:
+            known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+            raise UsageError(f"module {module_name} has no {name!r}", where=OPTION, fix=nearest(name, known))
+        if not callable(function):
+            raise UsageError("the factory is not callable", where=factory, got=type(function).__name__)
+        return _call(function, factory)
+
+
+def fill(built: Built, state: Mapping[str, torch.Tensor], where: str) -> list[str]:
+    """Load ``state`` into the module, strictly; returns notes.
+
+    A factory that loaded these very weights itself, under whatever names, is left as it is.
+
+    Raises UsageError naming missing and unexpected keys with the nearest ones, or tensors of another shape.
+    """
+    own = built.module.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unexpected:
+        if _holds(own, state):
+            return ["the factory had loaded the weights itself"]
+        raise UsageError(
+            "the weights do not fit the factory's module", where=where,
+            got=", ".join(filter(None, [_listed("missing", missing), _listed("unexpected", unexpected)])),
+            fix=nearest(unexpected[0], missing) if unexpected and missing else None,
+        )  # fmt: skip
+    for key, tensor in state.items():
+        if tensor.shape != own[key].shape:
+            raise UsageError(
+                "a tensor does not fit the factory's module", where=f"{where}: {key}",
+                expected=str(tuple(own[key].shape)), got=str(tuple(tensor.shape)),
+            )  # fmt: skip
+    try:
+        built.module.load_state_dict(dict(state), strict=True)
+    except Exception as error:  # a module may override loading with code of its own
+        raise UsageError(
+            "the module refused the weights", where=where, got=f"{type(error).__name__}: {error}"[:200]
+        ) from error
+    return []
+
+
+def unwrap(checkpoint: object, where: str) -> dict[str, torch.Tensor]:
+    """The state dict in what torch.load returned: wrappers of training scripts and name prefixes are taken off.
+
+    Raises CorruptModelError where there is none.
+    """
+    candidates = [checkpoint]
+    if isinstance(checkpoint, Mapping):
+        candidates += [checkpoint[key] for key in _WRAPPERS if isinstance(checkpoint.get(key), Mapping)]
+    for candidate in candidates:
+        if isinstance(candidate, Mapping) and candidate and all(_is_entry(*item) for item in candidate.items()):
+            return _without_prefix(dict(candidate))
+    keys = ", ".join(map(str, list(checkpoint)[:5])) if isinstance(checkpoint, Mapping) else ""
+    raise CorruptModelError(
+        "the file holds no state dict", where=where,
+        expected="names to tensors, or such a mapping under " + ", ".join(_WRAPPERS),
+        got=f"a {type(checkpoint).__name__}" + (f" with the keys {keys}" if keys else ""),
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def importable_here() -> Iterator[None]:
+    """Let imports see the current directory, as ``python -m`` does, for the duration of the block."""
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        if added and here in sys.path:
+            sys.path.remove(here)
+
+
+def _import(module_name: str, factory: str) -> ModuleType:
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name == error.name or module_name.startswith(error.name + ".")):
+            raise _raised("the factory's module cannot be imported", factory, error) from error
+        beside = [path.stem for path in Path.cwd().glob("*.py")]
+        hint = nearest(module_name, beside) if beside else "run qopt from the folder that holds it, or install it"
+        raise UsageError(f"there is no module {error.name!r}", where=f"{OPTION} {factory}", fix=hint) from error
+    except (Exception, SystemExit) as error:  # the user's module may do anything when it is imported
+        raise _raised("the factory's module cannot be imported", factory, error) from error
+
+
+def _call(function: Any, factory: str) -> Built:
+    try:
+        result = function()
+    except (Exception, SystemExit) as error:  # the user's code
+        raise _raised("the factory raised", factory, error) from error
+    example: object = None
+    if isinstance(result, tuple) and len(result) == 2:
+        result, example = result
+    if not isinstance(result, nn.Module):
+        raise UsageError(
+            "the factory returned no model", where=factory,
+            expected="an nn.Module or (nn.Module, example_inputs)", got=type(result).__name__,
+        )  # fmt: skip
+    if example is None:
+        return Built(result, None)
+    inputs = example if isinstance(example, tuple) else (example,)
+    if not all(isinstance(item, torch.Tensor) for item in inputs) or not inputs:
+        raise UsageError(
+            "the factory's example inputs are no tensors", where=factory, expected="a tensor or a tuple of tensors",
+            got=str([type(item).__name__ for item in inputs]),
+        )  # fmt: skip
+    return Built(result, inputs)
+
+
+def _raised(what: str, factory: str, error: BaseException) -> UsageError:
+    frames = traceback.extract_tb(error.__traceback__)
+    line = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if len(frames) > 1 else ""
+    text = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
+    return UsageError(what, where=f"{OPTION} {factory}", got=f"{type(error).__name__}: {text}{line}")
+
+
+def _is_entry(key: object, value: object) -> bool:
+    return isinstance(key, str) and isinstance(value, torch.Tensor)
+
+
+def _without_prefix(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    for prefix in _PREFIXES:
+        if all(key.startswith(prefix) for key in state):
+            return _without_prefix({key.removeprefix(prefix): value for key, value in state.items()})
+    return state
+
+
+def _holds(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> bool:
+    """Whether every tensor of ``state`` is among ``own``, bit by bit."""
+    return all(
+        any(
+            mine.shape == tensor.shape and mine.dtype == tensor.dtype and torch.equal(mine, tensor)
+            for mine in own.values()
+        )
+        for tensor in state.values()
+    )
+
+
+def _listed(what: str, keys: list[str]) -> str:
+    if not keys:
+        return ""
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return f"{what} {', '.join(keys[:3])}{more}"

@@ -1,0 +1,170 @@
+"""Draw the report together from what the steps found out."""
+
+from __future__ import annotations
+
+from qopt.emit.editor import runs_on_integers
+from qopt.graph.model import Layer
+from qopt.job.artefact import Artefact
+from qopt.job.choose import Choice
+from qopt.job.rows import Table
+from qopt.job.run import Run
+from qopt.report.model import (
+    ActivationRow,
+    DataFacts,
+    GateRow,
+    LayerRow,
+    ModelFacts,
+    Report,
+    Row,
+    SizeFacts,
+)
+from qopt.search.space import Candidate, LayerSpace
+from qopt.size import code_bits, stored_bits
+
+AGREEMENT = 0.99
+"""File and quantized graph must predict the same class on this share of images."""
+
+
+def layer_metadata(choice: Choice) -> dict[str, dict[str, str]]:
+    """Norms of every layer as properties of its nodes."""
+    found = {}
+    for space in choice.space.layers:
+        candidate = _chosen(choice, space)
+        if candidate is not None:
+            found[space.layer] = {
+                "qopt.norm_w": f"{space.norm.value:.6g}",
+                "qopt.norm_wq": f"{candidate.norm.value:.6g}",
+                "qopt.norm_dw": f"{candidate.error.value:.6g}",
+            }
+    return found
+
+
+def build_report(
+    run: Run, choice: Choice, artefact: Artefact, table: Table | None, gates: list[GateRow], float_bytes: int
+) -> Report:
+    """Everything but times."""
+    rows = table.rows if table else []
+    ours = next((row for row in rows if row.name == "qopt"), None)
+    stored = list(choice.applied.quantized.stored(run.prepared))
+    size = SizeFacts(
+        float_bytes=float_bytes, file_bytes=len(artefact.data), ratio=len(artefact.data) / float_bytes,
+        code_bits=code_bits(stored), stored_bits=stored_bits(stored),
+    )  # fmt: skip
+    return Report(
+        verdict=_verdict(run, size, ours, gates),
+        robust_accuracy=ours.robust.value if ours and ours.robust else None,
+        target=run.target.expansion,
+        command=_command(run),
+        seed=run.options.seed,
+        threat=str(run.threat) if run.options.robust else None,
+        model=_model_facts(run),
+        data=_data_facts(run),
+        search=choice.facts,
+        layers=[_layer_row(run, choice, layer) for layer in run.prepared.layers],
+        activations=_activation_rows(choice),
+        size=size,
+        kernels=artefact.kernels,
+        rows=rows,
+        masking=table.masking if table else [],
+        gates=gates,
+        left_out=run.left_out,
+        warnings=_warnings(run, choice, artefact, size),
+    )
+
+
+def _chosen(choice: Choice, space: LayerSpace) -> Candidate | None:
+    spec = choice.applied.quantized.spec(space.layer)
+    return None if spec.is_float else space.candidate(spec)
+
+
+def _model_facts(run: Run) -> ModelFacts:
+    p = run.prepared
+    return ModelFacts(
+        name=run.name, digest=p.digest, input=p.input, input_shape=list(p.input_shape), classes=p.classes,
+        batch=p.batch, layers=len(p.layers), weights=sum(layer.weights for layer in p.layers),
+        notes=[*p.notes, *run.quantizer.notes],
+    )  # fmt: skip
+
+
+def _data_facts(run: Run) -> DataFacts | None:
+    if run.data is None:
+        return None
+    data = run.data
+    attacked = min(run.options.attack_images, len(data.report)) if run.options.robust else 0
+    return DataFacts(
+        digest=data.digest, calibrate=len(data.calibrate), select=len(data.select), report=len(data.report),
+        attacked=attacked, notes=list(data.notes),
+    )  # fmt: skip
+
+
+def _layer_row(run: Run, choice: Choice, layer: Layer) -> LayerRow:
+    quantized = choice.applied.quantized
+    spec = quantized.spec(layer.name)
+    space = next(space for space in choice.space.layers if space.layer == layer.name)
+    chosen = _chosen(choice, space)
+    return LayerRow(
+        name=layer.name, op=layer.op, shape=list(layer.shape), format=str(spec), bits=spec.bits,
+        container_bits=spec.container_bits, norm_w=space.norm.value,
+        norm_wq=(chosen.norm if chosen else space.norm).value, norm_dw=chosen.error.value if chosen else 0.0,
+        row_norm_w=space.row_norm.value, row_norm_dw=chosen.row_error.value if chosen else 0.0, macs=layer.macs,
+        integer=runs_on_integers(layer, quantized), reason=choice.applied.plan.reasons.get(layer.name, ""),
+    )  # fmt: skip
+
+
+def _activation_rows(choice: Choice) -> list[ActivationRow]:
+    plan, codes = choice.applied.plan, choice.applied.quantized.activations
+    return [
+        ActivationRow(
+            tensor=name,
+            format=f"int{codes[name].bits}",
+            low=low,
+            high=high,
+            scale=codes[name].scale,
+            zero_point=codes[name].zero_point,
+        )
+        for name, (low, high) in plan.ranges.items()
+    ]
+
+
+def _warnings(run: Run, choice: Choice, artefact: Artefact, size: SizeFacts) -> list[str]:
+    warnings = [*run.warnings, *(run.data.notes if run.data else ())]
+    kernels = artefact.kernels
+    if kernels.agreement is not None and kernels.agreement < AGREEMENT:
+        share = f"{100 * kernels.agreement:.2f} %"
+        warnings.append(f"file and quantized graph agree on {share} of images only: the attacks see another network")
+    expected = [layer for layer in run.prepared.layers if runs_on_integers(layer, choice.applied.quantized)]
+    if kernels.integer < len(expected):
+        warnings.append(
+            f"{len(expected)} layers are quantized on both sides, but ONNX Runtime fuses only {kernels.integer} of "
+            "them to integer kernels on this machine"
+        )
+    if size.ratio >= 1:
+        warnings.append("the file is not smaller than the float one")
+    broken = [x for x in run.target.limits if x.quantity == "bits" and size.code_bits > x.bound + 1e-9]
+    return warnings + [f"the plan of {choice.facts.strategy} does not keep the limit {limit}" for limit in broken]
+
+
+def _verdict(run: Run, size: SizeFacts, ours: Row | None, gates: list[GateRow]) -> str:
+    text = f"{run.name} in {size.code_bits:.2f} bits per weight, {size.ratio:.3f} of the float file"
+    if ours is None:
+        return f"{text}; nothing measured on images."
+    assert ours.clean_drop is not None
+    text += f": clean accuracy {ours.clean.value:.1f} % ({-ours.clean_drop.value:+.1f} points against float)"
+    if ours.robust is not None and ours.robust_drop is not None:
+        text += f", robust accuracy {ours.robust.value:.1f} % ({-ours.robust_drop.value:+.1f}) at {run.threat}"
+        text += ", gradients masked" if ours.masking == "masked" else ""
+    failed = [gate.gate for gate in gates if not gate.holds]
+    if not gates:
+        return f"{text}."
+    return f"{text}; " + (f"gates fail: {', '.join(failed)}." if failed else "every gate holds.")
+
+
+def _command(run: Run) -> str:
+    o = run.options
+    words = ["qopt optimize", run.name, "--target", o.target]
+    words += ["--robust"] if o.robust else []
+    words += ["--data ..."] if run.data else []
+    words += [f"--norm {run.threat.norm} --eps {run.threat.eps:g}"] if o.robust else []
+    words += [f"--search {o.search}"] if o.search != "greedy" else []
+    words += [f'--limit "{limit}"' for limit in o.limits]
+    return " ".join([*words, f"--seed {o.seed}"])

@@ -1,0 +1,97 @@
+"""What every step of a run shares: the prepared network, the images, the threat model, the target and the cache."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qopt.attacks import PGD
+from qopt.cache import Cache, digest_arrays
+from qopt.config import Options
+from qopt.data import Data, Split
+from qopt.graph.model import Prepared
+from qopt.hardware.targets import Target
+from qopt.measure.network import Normalisation, TwinClassifier
+from qopt.measure.robustness import BATCH
+from qopt.quantize import Quantizer
+from qopt.seeds import derive
+from qopt.threat import ThreatModel
+
+Progress = Callable[[str], None]
+"""Told the name of each step as it begins."""
+
+PROBE_STEPS = 10
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run of the main job.
+
+    Attributes:
+        name: the model's name, for the report.
+        prepared: the float network.
+        quantizer: applies plans to it.
+        data: images shaped as the network takes them, or None.
+        options: what was asked.
+        target: what ``options.target`` stands for, with the limits of ``options`` joined to its own.
+        threat: the declared threat model.
+        cache: expensive evaluations by content.
+        progress: told the name of each step.
+        left_out: steps that could not be done, and why; filled on the way.
+        warnings: what the user must know; filled on the way.
+    """
+
+    name: str
+    prepared: Prepared
+    quantizer: Quantizer
+    data: Data | None
+    options: Options
+    target: Target
+    threat: ThreatModel
+    cache: Cache
+    progress: Progress
+    left_out: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """The normalisation that lies outside the network."""
+        return Normalisation(self.options.mean, self.options.std)
+
+    @property
+    def float_twin(self) -> TwinClassifier:
+        """The float network with gradients."""
+        return TwinClassifier(self.quantizer.float_graph, self.normalisation, self.prepared.batch)
+
+    def private_twin(self) -> TwinClassifier:
+        """The float network over a copy of its graph whose weights may be overwritten."""
+        return TwinClassifier(copy.deepcopy(self.quantizer.float_graph), self.normalisation, self.prepared.batch)
+
+    def seed(self, *names: str | int) -> int:
+        """The seed for one use of chance."""
+        return derive(self.options.seed, *names)
+
+    def adversarial(self, part: str, split: Split) -> Tensor:
+        """Examples that PGD makes on the float network from the first images of a part, all steps taken; cached."""
+        few = split.first(self.options.probe_images)
+        seed = self.seed("probe", part)
+        key = {
+            "model": self.prepared.digest, "images": digest_arrays(few.images, few.labels), "seed": seed,
+            "threat": [self.threat.norm, self.threat.eps], "steps": PROBE_STEPS,
+            "normalisation": [self.options.mean, self.options.std],
+        }  # fmt: skip
+
+        def compute() -> dict[str, np.ndarray]:
+            attack = PGD(steps=PROBE_STEPS, compact=False, batch_size=BATCH)
+            images, labels = torch.from_numpy(few.images), torch.from_numpy(few.labels)
+            result = attack(self.float_twin, images, labels, self.threat, seed=seed)
+            return {"images": result.adversarial.numpy()}
+
+        return torch.from_numpy(self.cache.arrays("adversarial", key, compute)["images"])

@@ -1,0 +1,128 @@
+"""Build the search space: candidates per layer with their norms and what each does to the network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qopt.cache import digest_arrays
+from qopt.graph.model import Layer
+from qopt.hardware.cost_model import CostModel, LayerDescription
+from qopt.job.run import Run
+from qopt.lipschitz import moment_root
+from qopt.measure.divergence import Probe, layer_sensitivities
+from qopt.measure.norms import candidate_norms, layer_norms, weighted_error
+from qopt.passes.base import Pipeline
+from qopt.passes.observe_moments import ObserveMoments
+from qopt.plugins import load
+from qopt.search.space import Candidate, LayerSpace, Space
+from qopt.spec import WeightSpec
+
+MOMENT_IMAGES = 64
+"""Clean and as many adversarial images on which input moments are observed."""
+
+Sensitivities = Mapping[tuple[str, WeightSpec], float]
+
+
+def describe(layer: Layer) -> LayerDescription:
+    """What a cost model may know of the layer."""
+    return LayerDescription(layer.name, layer.op, layer.shape, layer.channels, layer.weights, layer.macs)
+
+
+def build_space(run: Run, formats: tuple[WeightSpec, ...], *, measured: bool) -> Space:
+    """All layers with their candidates among ``formats``.
+
+    With ``measured`` and data, sensitivities are KL divergences of one layer quantized at a time; without data they
+    are squared relative errors of the weights.
+    """
+    models = [load("qopt.cost_models", name, "--target")() for name in run.target.cost_models]
+    candidates = {layer.name: _capable(layer, formats, models) for layer in run.prepared.layers}
+    roots = _moment_roots(run) if measured and run.data is not None else {}
+    sensitivities = _sensitivities(run, candidates) if measured and run.data is not None else {}
+    run.progress("norms of every candidate")
+    layers = tuple(
+        _layer_space(run, layer, candidates[layer.name], models, roots, sensitivities)
+        for layer in run.prepared.layers
+    )  # fmt: skip
+    return Space(layers, run.target.limits)
+
+
+def _capable(layer: Layer, formats: tuple[WeightSpec, ...], models: list[CostModel]) -> tuple[WeightSpec, ...]:
+    kept = formats
+    for model in models:
+        kept = model.capabilities(describe(layer), kept)
+    return kept
+
+
+def _layer_space(
+    run: Run,
+    layer: Layer,
+    formats: tuple[WeightSpec, ...],
+    models: list[CostModel],
+    roots: Mapping[str, Tensor],
+    sensitivities: Sensitivities,
+) -> LayerSpace:
+    norm, row_norm = layer_norms(run.quantizer, layer, run.cache)
+    candidates = []
+    for spec in formats:
+        norm_q, error, row_error = candidate_norms(run.quantizer, layer, spec, run.cache)
+        price = {k: v for model in models for k, v in model.layer_cost(describe(layer), spec).items()}
+        relative = error.value / norm.value if norm.value > 0 else 0.0
+        candidates.append(
+            Candidate(
+                spec=spec,
+                code_bits=int(price["code_bits"]),
+                bytes=int(price["bytes"]),
+                norm=norm_q,
+                error=error,
+                row_error=row_error,
+                weighted=weighted_error(run.quantizer, layer, spec, roots),
+                sensitivity=sensitivities.get((layer.name, spec), relative**2),
+            )
+        )
+    return LayerSpace(layer.name, layer.weights, norm, row_norm, tuple(candidates))
+
+
+def probe_images(run: Run, part: str) -> tuple[Tensor, Tensor | None]:
+    """The first images of a part, clean, and with ``robust`` the adversarial ones made from them."""
+    assert run.data is not None
+    split = run.data.calibrate if part == "calibrate" else run.data.select
+    clean = torch.from_numpy(split.first(run.options.probe_images).images)
+    return clean, run.adversarial(part, split) if run.options.robust else None
+
+
+def _sensitivities(run: Run, candidates: Mapping[str, tuple[WeightSpec, ...]]) -> Sensitivities:
+    run.progress("sensitivity of every layer and format")
+    clean, adversarial = probe_images(run, "calibrate")
+    images = clean if adversarial is None else adversarial
+    pairs = [(name, spec) for name, specs in candidates.items() for spec in specs]
+    key = {
+        "model": run.prepared.digest, "images": digest_arrays(images.numpy()), "pairs": [[n, str(s)] for n, s in pairs],
+        "normalisation": [run.options.mean, run.options.std],
+    }  # fmt: skip
+
+    def compute() -> dict[str, np.ndarray]:
+        twin = run.private_twin()
+        found = layer_sensitivities(run.quantizer, twin, Probe.of(twin, images), candidates)
+        return {"values": np.array([found[pair] for pair in pairs])}
+
+    values = run.cache.arrays("sensitivities", key, compute)["values"]
+    return {pair: float(value) for pair, value in zip(pairs, values, strict=True)}
+
+
+def _moment_roots(run: Run) -> dict[str, Tensor]:
+    """Roots of the second moments of every layer's inputs, over clean and adversarial images alike."""
+    run.progress("second moments of layer inputs")
+    clean, adversarial = probe_images(run, "calibrate")
+    parts = [clean[:MOMENT_IMAGES]] + ([] if adversarial is None else [adversarial[:MOMENT_IMAGES]])
+    images = run.normalisation(torch.cat(parts))
+    observe = ObserveMoments(_whole_batches(images, run.prepared.batch), run.prepared.batch or 32)
+    Pipeline((observe,), run.quantizer.sample)(run.quantizer.float_graph)
+    return {layer: moment_root(moment) for layer, moment in observe.moments.items()}
+
+
+def _whole_batches(images: Tensor, batch: int | None) -> Tensor:
+    return images if batch is None else images[: max(len(images) // batch, 1) * batch]

@@ -1,0 +1,41 @@
+"""The activation-aware norm of a weight error: spectral norms weighted by the second moment of the layer's inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qopt.lipschitz.bound import NormBound
+from qopt.lipschitz.reshaped import as_matrix
+from qopt.lipschitz.spectral import finite, spectral_norms
+
+
+def moment_root(moment: Tensor) -> Tensor:
+    """``R`` with ``R R^T = C`` for a second moment C (groups, columns, columns), positive semidefinite."""
+    values, vectors = torch.linalg.eigh(moment.double())
+    root: Tensor = vectors * values.clamp_min(0.0).sqrt()[:, None, :]
+    return root
+
+
+def weighted_l2(weight: Tensor, root: Tensor, axis: int = 0, groups: int = 1, *, where: str = "weight") -> NormBound:
+    """``||W R||_2 = ||W C^(1/2)||_2``: the largest root-mean-square output of the layer along one direction.
+
+    Args:
+        weight: as `as_matrix` takes it.
+        root: of the second moment of the layer's inputs, float64 (groups, columns, columns), from `moment_root`.
+        axis: the axis that counts output channels.
+        groups: convolution groups.
+        where: the layer's name, for errors.
+
+    The bound is sound for ``root`` as given; the moment itself is a statistic.
+    """
+    rows = finite(as_matrix(weight, axis, groups, where=where), where) @ root
+    return NormBound.largest(spectral_norms(rows, where=where))
+
+
+def ratio(error: NormBound, norm: NormBound) -> NormBound:
+    """``error / norm`` as a bound; 0 where both are zero. A zero norm with an error counts as a ratio of 1."""
+    if norm.lower <= 0:
+        worst = 0.0 if error.upper == 0 else 1.0
+        return NormBound(worst, worst, f"{error.method} ratio")
+    return NormBound(error.lower / norm.upper, error.upper / norm.lower, f"{error.method} ratio")

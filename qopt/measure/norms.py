@@ -1,0 +1,70 @@
+"""The facts of every layer that search chooses by: norms of W, W_q and dW for each candidate format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qopt.cache import Cache, digest_arrays
+from qopt.graph.model import Layer
+from qopt.lipschitz import NormBound, max_row_sum, ratio, reshaped_l2, weighted_l2
+from qopt.quantize import Quantizer
+from qopt.spec import WeightSpec
+
+
+def layer_norms(quantizer: Quantizer, layer: Layer, cache: Cache) -> tuple[NormBound, NormBound]:
+    """``||W||_2`` and ``||W||_inf`` of the reshaped float weight."""
+    weight = quantizer.weight(layer)
+    l2, rows = _bounds(cache, layer, weight, "float", lambda: _pair(layer, weight))
+    return l2, rows
+
+
+def candidate_norms(
+    quantizer: Quantizer, layer: Layer, spec: WeightSpec, cache: Cache
+) -> tuple[NormBound, NormBound, NormBound]:
+    """``||W_q||_2``, ``||W - W_q||_2`` and ``||W - W_q||_inf`` of the reshaped weight in one format."""
+    weight = quantizer.weight(layer)
+
+    def compute() -> Sequence[NormBound]:
+        quantized = quantizer.quantized_weight(layer, spec).dequantize()
+        return (_pair(layer, quantized)[0], *_pair(layer, weight.double() - quantized.double()))
+
+    norm, error, rows = _bounds(cache, layer, weight, str(spec), compute)
+    return norm, error, rows
+
+
+def weighted_error(
+    quantizer: Quantizer, layer: Layer, spec: WeightSpec, roots: Mapping[str, Tensor]
+) -> NormBound | None:
+    """``||dW C^(1/2)||_2 / ||W C^(1/2)||_2``, or None for a layer without an entry in ``roots``."""
+    root = roots.get(layer.name)
+    if root is None:
+        return None
+    weight = quantizer.weight(layer).double()
+    error = weight - quantizer.quantized_weight(layer, spec).dequantize().double()
+    place = {"axis": layer.channel_axis, "groups": layer.groups, "where": layer.name}
+    return ratio(weighted_l2(error, root, **place), weighted_l2(weight, root, **place))  # type: ignore[arg-type]
+
+
+def _pair(layer: Layer, weight: Tensor) -> tuple[NormBound, NormBound]:
+    axis, groups, name = layer.channel_axis, layer.groups, layer.name
+    return reshaped_l2(weight, axis, groups, where=name), max_row_sum(weight, axis, groups, where=name)
+
+
+def _bounds(
+    cache: Cache, layer: Layer, weight: Tensor, what: str, compute: Callable[[], Sequence[NormBound]]
+) -> list[NormBound]:
+    """What ``compute`` returns, kept by the weight's content."""
+    key = {
+        "weight": digest_arrays(weight.numpy()), "axis": layer.channel_axis, "groups": layer.groups, "format": what
+    }  # fmt: skip
+
+    def arrays() -> dict[str, NDArray[np.float64]]:
+        bounds = compute()
+        return {f"{i}:{bound.method}": np.array([bound.lower, bound.upper]) for i, bound in enumerate(bounds)}
+
+    stored = cache.arrays("norms", key, arrays)
+    return [NormBound(float(v[0]), float(v[1]), name.split(":", 1)[1]) for name, v in sorted(stored.items())]

@@ -1,0 +1,57 @@
+"""Observe the range of every marked activation on calibration images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from qopt.passes.base import Result
+from qopt.quant import RangeObserver
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Calibrate:
+    """Run ``images`` through the graph and fill ``observers``; memory is bounded by one batch.
+
+    Attributes:
+        images: float32 (n, ...), as the network takes them.
+        batch_size: images per run.
+        observers: ONNX value name to what was seen of it, filled by the pass.
+    """
+
+    images: Tensor
+    batch_size: int = 64
+    observers: dict[str, RangeObserver] = field(default_factory=dict)
+
+    name: ClassVar[str] = "calibrate"
+    tolerance: ClassVar[float] = 0.0
+
+    def __call__(self, graph: GraphModule) -> Result:
+        """Observe; the graph stays as it is."""
+        watcher = _Watcher(graph, self.observers)
+        with torch.no_grad():
+            for start in range(0, len(self.images), self.batch_size):
+                watcher.run(self.images[start : start + self.batch_size])
+        return Result(graph, False, (f"ranges observed on {len(self.images)} images",))
+
+    def bounds(self, percentiles: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+        """The observed ``(low, high)`` of every named value at its percentile."""
+        return {name: self.observers[name].bounds(p) for name, p in percentiles.items()}
+
+
+class _Watcher(Interpreter):
+    def __init__(self, graph: GraphModule, observers: dict[str, RangeObserver]) -> None:
+        super().__init__(graph)
+        self.observers = observers
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if n.meta.get("quantize") is not None and n.meta["quantize"] == n.meta["value"]:
+            self.observers.setdefault(n.meta["value"], RangeObserver()).update(result)
+        return result

@@ -1,0 +1,63 @@
+"""Put a fake quantizer after every activation that has a range."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from torch.fx import GraphModule
+
+from qopt.errors import VerificationError
+from qopt.passes.base import Result
+from qopt.quant import ActivationQuantizer, AffineRange, Gradient
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class InsertActivationQuantizers:
+    """Quantize the named ONNX values, per tensor.
+
+    Attributes:
+        ranges: value name to its affine codes.
+        gradient: how a gradient passes the rounding: ``ste`` (straight through inside the range), ``bpda`` (straight
+            through everywhere) or ``plain`` (the derivative of round: zero).
+    """
+
+    ranges: Mapping[str, AffineRange]
+    gradient: Gradient = "ste"
+
+    name: ClassVar[str] = "insert-activation-quantizers"
+    tolerance: ClassVar[float] = math.inf
+
+    def __call__(self, graph: GraphModule) -> Result:
+        """Insert them.
+
+        Raises:
+            VerificationError: a value that has a range is not in the graph.
+        """
+        placed: set[str] = set()
+        for node in list(graph.graph.nodes):
+            value = node.meta.get("value")
+            if "quantize" not in node.meta or value not in self.ranges:
+                continue
+            module = f"{node.name}_quantizer"
+            graph.add_submodule(module, ActivationQuantizer(self.ranges[value], self.gradient))
+            with graph.graph.inserting_after(node):
+                call = graph.graph.call_module(module, (node,))
+            node.replace_all_uses_with(call, delete_user_cb=lambda user, call=call: user is not call)
+            placed.add(value)
+        missing = sorted(set(self.ranges) - placed)
+        if missing:
+            raise VerificationError("no marked node of the graph computes the value", where=", ".join(missing))
+        if placed:
+            graph.recompile()
+        return Result(graph, bool(placed), (f"{len(placed)} activations quantized",) if placed else ())
+
+
+def set_gradient(graph: GraphModule, gradient: Gradient) -> None:
+    """Switch how gradients pass every activation quantizer of the graph."""
+    for module in graph.modules():
+        if isinstance(module, ActivationQuantizer):
+            module.gradient = gradient

@@ -1,0 +1,85 @@
+"""One table for everything that can be plugged in: built-in names and entry points, loaded when first used."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, final
+
+from qopt.errors import PluginError, UsageError, nearest
+
+BUILT_IN: dict[str, dict[str, str]] = {
+    "qopt.cost_models": {"bits": "qopt.hardware.bits:BitsModel"},
+    "qopt.searches": {
+        "greedy": "qopt.search.greedy:GreedySearch",
+        "lipschitz": "qopt.search.lipschitz:LipschitzSearch",
+        "uniform": "qopt.search.uniform:UniformSearch",
+    },
+    "qopt.attacks": {"fgsm": "qopt.attacks:FGSM", "pgd": "qopt.attacks:PGD"},
+    "qopt.passes": {
+        "annotate": "qopt.passes.annotate:Annotate",
+        "canonicalise-linear": "qopt.passes.canonicalise_linear:CanonicaliseLinear",
+        "fold-weights": "qopt.passes.fold_weights:FoldWeights",
+        "unshare": "qopt.passes.unshare:Unshare",
+    },
+}
+"""Entry-point group to built-in name to ``module:attribute``."""
+
+
+@final
+@dataclass(frozen=True)
+class Plugin:
+    """One name in the table: where it comes from and, after a failed load, why it failed."""
+
+    group: str
+    name: str
+    target: str
+    origin: str
+    error: str | None = None
+
+    def load(self) -> Any:
+        """The class or object; raises PluginError naming the plugin and what its import raised."""
+        module, _, attribute = self.target.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except Exception as error:
+            raise PluginError(
+                "the plugin does not load", where=f"{self.group} {self.name} from {self.origin}",
+                got=f"{type(error).__name__}: {error}",
+            ) from error  # fmt: skip
+
+
+def plugins(group: str) -> dict[str, Plugin]:
+    """Every plugin of ``group`` by name, sorted; raises PluginError where two packages claim one name."""
+    table = {name: Plugin(group, name, target, "qopt") for name, target in BUILT_IN.get(group, {}).items()}
+    for point in entry_points(group=group):
+        origin = _origin(point)
+        if point.name in table:
+            raise PluginError(
+                "two plugins have the same name", where=f"{group} {point.name}",
+                got=f"{table[point.name].origin} and {origin}", fix="uninstall one of them",
+            )  # fmt: skip
+        table[point.name] = Plugin(group, point.name, point.value, origin)
+    return dict(sorted(table.items()))
+
+
+def load(group: str, name: str, where: str) -> Any:
+    """The plugin called ``name``; raises UsageError at ``where`` that offers the nearest names."""
+    table = plugins(group)
+    if name not in table:
+        raise UsageError("unknown name", where=where, got=repr(name), fix=nearest(name, table))
+    return table[name].load()
+
+
+def checked(plugin: Plugin) -> Plugin:
+    """The plugin with ``error`` set where it does not load; for listings."""
+    try:
+        plugin.load()
+    except PluginError as error:
+        return Plugin(plugin.group, plugin.name, plugin.target, plugin.origin, str(error))
+    return plugin
+
+
+def _origin(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist is not None else "unknown package"

@@ -1,0 +1,111 @@
+"""Scales of symmetric formats: max-abs, and the mean-square-optimal one found on sorted magnitudes.
+
+Sorting each row once makes a candidate scale cheap: with thresholds t_j between the levels u_j, the squared error is
+``sum w^2 - 2 s sum_j (u_j - u_(j-1)) S_j + s^2 sum_j (u_j^2 - u_(j-1)^2) N_j``, where S_j and N_j are the sum and the
+count of the magnitudes above ``s t_j``. It also gives the best scale for the same assignment in closed form, so that
+every candidate is one step of Lloyd's algorithm. Everything here is float64 on rows of shape (rows, weights per row).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qopt.quant.codebook import Codebook
+
+OCTAVES = 6
+"""How far below max-abs the search looks: clipping at a 64th of the largest weight."""
+
+NEGLIGIBLE = 2.0**-24
+"""Levels below this part of the largest one do not change the error that the search compares."""
+
+LOOKUPS = 1 << 20
+"""Threshold lookups at a time: bounds the memory of the search to a few times 8 MB."""
+
+
+def max_abs_scale(rows: Tensor, codes: Codebook) -> Tensor:
+    """The float32 scale, shape (rows,), that puts each row's largest magnitude on the top level; 1 for zeros."""
+    return storable(rows.abs().amax(dim=1) / codes.top, codes)
+
+
+def storable(scale: Tensor, codes: Codebook) -> Tensor:
+    """``scale`` as a normal float32 whose top level is finite, and 1 where it is zero.
+
+    The last step makes quantization idempotent: the scale that max-abs finds in the dequantized weight is this one.
+    """
+    info = torch.finfo(torch.float32)
+    limit = torch.tensor(info.max / codes.top, dtype=torch.float32).nextafter(torch.tensor(0.0))
+    narrow = scale.to(torch.float32).clamp(min=info.tiny).minimum(limit)
+    stable = (narrow * codes.top / codes.top).clamp(min=info.tiny)
+    return torch.where(scale == 0, torch.ones_like(stable), stable)
+
+
+def mean_square_scale(rows: Tensor, codes: Codebook) -> Tensor:
+    """The best float32 scale found for rounding to nearest, shape (rows,); 1 for rows of zeros.
+
+    Exact for one level (2 bits). Otherwise a geometric grid over six octaves under max-abs, denser for short rows,
+    whose error is jagged; a finer grid around its best point; then three Lloyd steps. The scale stays below the point
+    where the top level would be unused.
+    """
+    used = codes.levels > codes.top * NEGLIGIBLE
+    search = _Search.of(rows, codes.levels[used], codes.nearest[used])
+    if len(codes.levels) == 1:
+        return storable(search.single_level(), codes)
+    top = rows.abs().amax(dim=1, keepdim=True) / codes.top
+    limit = top * (codes.top / float(codes.nearest[-1])) * (1 - 1e-6)
+    work = rows.shape[1] * len(search.thresholds)
+    per_octave = 32 if work <= 4096 else 8 if len(search.thresholds) <= 31 else 4
+    steps = torch.arange(-OCTAVES * per_octave, per_octave, dtype=torch.float64) / per_octave
+    best = search.best(torch.minimum(top * torch.exp2(steps), limit), limit)
+    around = torch.linspace(-1, 1, 9, dtype=torch.float64) / per_octave
+    best = search.best(torch.minimum(best * torch.exp2(around), limit), limit)
+    for _ in range(3):
+        best = search.best(best, limit)
+    return storable(best[:, 0], codes)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Search:
+    magnitudes: Tensor  # (rows, n), ascending
+    below: Tensor  # (rows, n + 1), prefix sums of the magnitudes
+    thresholds: Tensor  # (levels,), in units of the scale
+    steps: Tensor  # (levels,), u_j - u_(j-1)
+    square_steps: Tensor  # (levels,), u_j^2 - u_(j-1)^2
+
+    @staticmethod
+    def of(rows: Tensor, levels: Tensor, thresholds: Tensor) -> _Search:
+        magnitudes = torch.from_numpy(np.sort(rows.abs().numpy(), axis=1))
+        below = torch.nn.functional.pad(magnitudes.cumsum(dim=1), (1, 0))
+        lower = torch.nn.functional.pad(levels[:-1], (1, 0))
+        return _Search(magnitudes, below, thresholds, levels - lower, levels**2 - lower**2)
+
+    def single_level(self) -> Tensor:
+        """The exact optimum where there is one level: the mean of the k largest magnitudes that maximises mean^2 k."""
+        above = self.below[:, -1:] - self.below[:, :-1]
+        number = torch.arange(above.shape[1], 0, -1, dtype=torch.float64)
+        first = (above.square() / number).argmax(dim=1)
+        mean = (above / number).gather(1, first[:, None])[:, 0]
+        return mean / self.steps[0]
+
+    def best(self, scales: Tensor, limit: Tensor) -> Tensor:
+        """From candidates (rows, k), each improved for its own assignment, the one of lowest error: (rows, 1)."""
+        width = max(1, LOOKUPS // (len(self.thresholds) * len(scales)))
+        parts = [self._improve(part.contiguous()) for part in torch.split(scales, width, dim=1)]
+        gain = torch.cat([part[0] for part in parts], dim=1)
+        improved = torch.cat([part[1] for part in parts], dim=1)
+        return torch.minimum(improved.gather(1, gain.argmax(dim=1, keepdim=True)), limit)
+
+    def _improve(self, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """How far each candidate's assignment lowers the error under ``sum w^2``, and the scale that does so."""
+        rows, count = scales.shape
+        cuts = (scales[:, :, None] * self.thresholds).view(rows, -1)
+        position = torch.searchsorted(self.magnitudes, cuts)
+        above = (self.below[:, -1:] - self.below.gather(1, position)).view(rows, count, -1) @ self.steps
+        number = (self.magnitudes.shape[1] - position).view(rows, count, -1).to(torch.float64) @ self.square_steps
+        improved = torch.where(number > 0, above / number.clamp(min=1e-300), scales)
+        return above * improved, improved

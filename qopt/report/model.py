@@ -1,0 +1,227 @@
+"""The report as data. Every view is drawn from it, so that they cannot disagree; times live in the manifest."""
+
+from __future__ import annotations
+
+from typing import Literal, final
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA: Literal[1] = 1
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+@final
+class ModelFacts(_Strict):
+    """The network that went in."""
+
+    name: str
+    digest: str
+    input: str
+    input_shape: list[int]
+    classes: int
+    batch: int | None
+    layers: int
+    weights: int
+    notes: list[str]
+
+
+@final
+class DataFacts(_Strict):
+    """The images that were used, by part."""
+
+    digest: str
+    calibrate: int
+    select: int
+    report: int
+    attacked: int
+    notes: list[str]
+
+
+@final
+class LayerRow(_Strict):
+    """One layer: its format, why, and what it does. Norms are upper ends of sound bounds on the reshaped matrix."""
+
+    name: str
+    op: str
+    shape: list[int]
+    format: str
+    bits: int
+    container_bits: int
+    norm_w: float
+    norm_wq: float
+    norm_dw: float
+    row_norm_w: float
+    row_norm_dw: float
+    macs: int
+    integer: bool
+    reason: str
+
+
+@final
+class ActivationRow(_Strict):
+    """One activation tensor with the codes it got."""
+
+    tensor: str
+    format: str
+    low: float
+    high: float
+    scale: float
+    zero_point: int
+
+
+@final
+class EvaluatedPlan(_Strict):
+    """One plan that was measured on the select images: mean KL divergence from float, in nats."""
+
+    name: str
+    digest: str
+    code_bits: float
+    bias_correction: bool
+    clean_divergence: float
+    adversarial_divergence: float | None
+    chosen: bool
+
+
+@final
+class SearchFacts(_Strict):
+    """How the plan was found."""
+
+    strategy: str
+    sensitivity: str
+    thresholds: str
+    factor: float
+    relaxed: list[str]
+    gap: float | None
+    evaluated: list[EvaluatedPlan]
+    notes: list[str]
+
+
+@final
+class SizeFacts(_Strict):
+    """Bytes of the files and the two measures of size."""
+
+    float_bytes: int
+    file_bytes: int
+    ratio: float
+    code_bits: float
+    stored_bits: float
+
+
+@final
+class Share(_Strict):
+    """An accuracy in percent with its 95 % Wilson interval, on ``n`` images."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@final
+class Drop(_Strict):
+    """Float minus this network on the same images, in points, with its paired standard error and 95 % interval."""
+
+    value: float
+    standard_error: float
+    low: float
+    high: float
+    n: int
+
+
+@final
+class Row(_Strict):
+    """One network under attack.
+
+    Attributes:
+        name: what it is.
+        code_bits: average container bits of a weight.
+        clean: accuracy on all report images.
+        attacked: accuracy under each attack, by its name; ``transfer`` is made on the float network.
+        robust: the per-example worst over clean and all attacks.
+        clean_drop: against float; None for float itself.
+        robust_drop: against float.
+        masking: verdict of the masking rules, or ``not checked``.
+        note: what the reader must know of it.
+    """
+
+    name: str
+    code_bits: float
+    clean: Share
+    attacked: dict[str, Share] = {}
+    robust: Share | None = None
+    clean_drop: Drop | None = None
+    robust_drop: Drop | None = None
+    masking: Literal["none", "masked", "not checked"] = "not checked"
+    note: str = ""
+
+
+@final
+class MaskingRow(_Strict):
+    """One masking rule on one network."""
+
+    network: str
+    rule: str
+    triggered: bool
+    text: str
+
+
+@final
+class GateRow(_Strict):
+    """One gate: what was demanded, what was found (the upper end of its interval) and whether it holds."""
+
+    gate: str
+    found: str
+    holds: bool
+
+
+@final
+class KernelFacts(_Strict):
+    """Convolutions and matrix products by the kind of kernel that ONNX Runtime gives them on this machine."""
+
+    integer: int
+    floating: int
+    counts: dict[str, int]
+    agreement: float | None = None
+
+
+@final
+class Report(_Strict):
+    """Everything a run found out.
+
+    Attributes:
+        schema_: the format version (key ``schema``).
+        verdict: one sentence.
+        robust_accuracy: of the emitted file in percent, or None where nothing was attacked.
+    """
+
+    schema_: Literal[1] = Field(default=SCHEMA, alias="schema")
+    verdict: str
+    robust_accuracy: float | None
+    target: str
+    command: str
+    seed: int
+    threat: str | None
+    model: ModelFacts
+    data: DataFacts | None
+    search: SearchFacts
+    layers: list[LayerRow]
+    activations: list[ActivationRow]
+    size: SizeFacts
+    kernels: KernelFacts
+    rows: list[Row]
+    masking: list[MaskingRow]
+    gates: list[GateRow]
+    left_out: list[str]
+    warnings: list[str]
+
+    @property
+    def gates_hold(self) -> bool:
+        """Whether every gate holds."""
+        return all(gate.holds for gate in self.gates)
+
+    def to_json(self) -> str:
+        """Two-space JSON in the order of the fields, ending in a newline; equal runs give equal bytes."""
+        return self.model_dump_json(by_alias=True, indent=2) + "\n"

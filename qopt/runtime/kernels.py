@@ -1,0 +1,59 @@
+"""Which kernels ONNX Runtime really runs: the count of integer and float operators after its graph optimisation."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import onnx
+
+from qopt.runtime.session import open_session
+
+INTEGER = frozenset(
+    {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger"}
+    | {"DynamicQuantizeMatMul"}
+)
+FLOAT = frozenset({"Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose"})
+
+
+@final
+@dataclass(frozen=True)
+class Kernels:
+    """Operator counts of an optimised graph.
+
+    Attributes:
+        counts: operator type to number of nodes.
+    """
+
+    counts: dict[str, int]
+
+    @property
+    def integer(self) -> int:
+        """Convolutions and matrix products on integer kernels."""
+        return sum(n for op, n in self.counts.items() if op in INTEGER)
+
+    @property
+    def float_(self) -> int:
+        """Convolutions and matrix products on float kernels."""
+        return sum(n for op, n in self.counts.items() if op in FLOAT)
+
+    @property
+    def float_convolutions(self) -> int:
+        """Convolutions that stayed on float kernels."""
+        return sum(n for op, n in self.counts.items() if op in FLOAT and "Conv" in op)
+
+
+def count_kernels(model: bytes | Path) -> Kernels:
+    """Load ``model`` as ONNX Runtime does on this machine and count the operators it will run.
+
+    Raises:
+        UnsupportedModelError: ONNX Runtime refuses the graph.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.onnx"
+        open_session(model, optimized=path)
+        graph = onnx.load(path).graph
+    return Kernels(dict(sorted(Counter(node.op_type for node in graph.node).items())))

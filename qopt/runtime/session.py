@@ -1,0 +1,76 @@
+"""ONNX Runtime sessions on the CPU: quiet, with a fixed number of threads, and one way to run images through them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import final
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from qopt.errors import UnsupportedModelError
+
+BATCH = 250
+"""Images per run where the batch axis is dynamic."""
+
+
+def to_bytes(model: ir.Model) -> bytes:
+    """The model as a serialized ONNX protobuf; deterministic for equal models."""
+    return bytes(ir.serde.serialize_model(model).SerializeToString(deterministic=True))
+
+
+def open_session(model: bytes | Path, *, threads: int = 1, optimized: Path | None = None) -> ort.InferenceSession:
+    """A CPU session with all graph optimisations; ``optimized`` names a file that receives the optimised graph.
+
+    Raises:
+        UnsupportedModelError: ONNX Runtime refuses the graph.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # DequantizeLinear + MatMul becomes MatMulNBits, which by default quantizes activations to int8 unasked.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises a dozen unrelated classes here
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnsupportedModelError(
+            "ONNX Runtime cannot load the graph", where=None if isinstance(model, bytes) else model.name, got=reason
+        ) from error
+
+
+@final
+class Runner:
+    """Logits of one file for any number of images, in chunks that the graph accepts.
+
+    Args:
+        model: an emitted file or its bytes.
+        batch: the only batch size the graph takes, or None where it takes any.
+        threads: intra-operator threads.
+    """
+
+    def __init__(self, model: bytes | Path, *, batch: int | None = None, threads: int = 1) -> None:
+        self.session = open_session(model, threads=threads)
+        self.input = self.session.get_inputs()[0].name
+        self.output = self.session.get_outputs()[0].name
+        self.batch = batch
+
+    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Images float32 (n, ...) as the graph takes them; returns logits float32 (n, classes)."""
+        size = self.batch or BATCH
+        rows = [self._run(images[i : i + size]) for i in range(0, len(images), size)]
+        return np.concatenate(rows)
+
+    def _run(self, chunk: NDArray[np.float32]) -> NDArray[np.float32]:
+        count = len(chunk)
+        if self.batch is not None and count < self.batch:
+            chunk = np.concatenate([chunk, np.repeat(chunk[-1:], self.batch - count, axis=0)])
+        logits: NDArray[np.float32] = self.session.run([self.output], {self.input: np.ascontiguousarray(chunk)})[0]
+        return logits[:count]

@@ -1,0 +1,135 @@
+"""What a search chooses from and what it returns: layers, their candidate formats with facts, limits, an outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol, final
+
+from qopt.errors import UsageError
+from qopt.limits import Limit
+from qopt.lipschitz import NormBound
+from qopt.spec import WeightSpec
+
+
+@final
+@dataclass(frozen=True)
+class Candidate:
+    """One format for one layer, with what it costs and what it does to the weight.
+
+    Attributes:
+        spec: the format.
+        code_bits: container bits of the codes, summed over the weight.
+        bytes: bytes of codes and scales.
+        norm: ``||W_q||_2`` of the reshaped matrix.
+        error: ``||W - W_q||_2`` of the reshaped matrix.
+        row_error: ``||W - W_q||_inf``, the largest 1-norm of a row.
+        weighted: ``||dW C^(1/2)||_2 / ||W C^(1/2)||_2`` with C the second moment of the layer's inputs; None
+            without data.
+        sensitivity: what choosing it costs the network, in the unit of the search; smaller is better.
+    """
+
+    spec: WeightSpec
+    code_bits: int
+    bytes: int
+    norm: NormBound
+    error: NormBound
+    row_error: NormBound
+    weighted: NormBound | None = None
+    sensitivity: float = 0.0
+
+
+@final
+@dataclass(frozen=True)
+class LayerSpace:
+    """One layer: its number of weights, the norms of its float weight and its candidates."""
+
+    layer: str
+    weights: int
+    norm: NormBound
+    row_norm: NormBound
+    candidates: tuple[Candidate, ...]
+
+    def candidate(self, spec: WeightSpec) -> Candidate:
+        """The candidate of format ``spec``; KeyError where there is none."""
+        for candidate in self.candidates:
+            if candidate.spec == spec:
+                return candidate
+        raise KeyError(str(spec))
+
+
+@final
+@dataclass(frozen=True)
+class Space:
+    """All layers, the limits a plan must keep and the groups of layers that must share a format."""
+
+    layers: tuple[LayerSpace, ...]
+    limits: tuple[Limit, ...] = ()
+    ties: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in the network."""
+        return sum(layer.weights for layer in self.layers)
+
+    def budgets(self) -> tuple[tuple[str, float], ...]:
+        """Every limit as (column of `costs`, the most that may be spent).
+
+        Raises:
+            UsageError: a limit on something that no cost model of this run prices.
+        """
+        return tuple(_budget(limit, self.weights) for limit in self.limits)
+
+
+def costs(candidate: Candidate) -> Mapping[str, float]:
+    """The additive costs of a candidate by column."""
+    return {"code_bits": float(candidate.code_bits), "bytes": float(candidate.bytes)}
+
+
+@final
+@dataclass(frozen=True)
+class Outcome:
+    """What a search found.
+
+    Attributes:
+        specs: layer to format.
+        reasons: layer to why it got it.
+        notes: what the user should know, one sentence each.
+        gap: how far the objective can be from the optimum, as a share of it; None where nothing is known.
+    """
+
+    specs: dict[str, WeightSpec]
+    reasons: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    gap: float | None = None
+
+
+class Strategy(Protocol):
+    """A search. Implementations are frozen dataclasses whose fields are their options; the group is `qopt.searches`.
+
+    Attributes:
+        name: the word for it on the command line.
+        uses_sensitivity: whether candidates must carry a sensitivity and pass the thresholds before the search.
+    """
+
+    name: ClassVar[str]
+    uses_sensitivity: ClassVar[bool]
+
+    def candidates(self, target: tuple[WeightSpec, ...]) -> tuple[WeightSpec, ...]:
+        """The formats it wants facts for, given those of the target."""
+        ...
+
+    def __call__(self, space: Space) -> Outcome:
+        """Choose a format for every layer."""
+        ...
+
+
+def _budget(limit: Limit, weights: int) -> tuple[str, float]:
+    if limit.quantity == "bits":
+        return "code_bits", limit.bound * weights
+    if limit.quantity in ("size", "flash"):
+        return "bytes", limit.bound
+    raise UsageError(
+        f"no cost model of this target prices {limit.quantity}", where="--limit", got=str(limit),
+        fix="limits on bits, size and flash are priced by every target",
+    )  # fmt: skip
