@@ -98,6 +98,8 @@ def save(net: FashionResNet, folder: Path, train_set: tuple, test_set: tuple) ->
     net = net.to(memory_format=torch.contiguous_format).eval()
     batch = torch.export.Dim("batch")
     program = torch.export.export(net, (torch.zeros(2, 1, 28, 28),), dynamic_shapes=({0: batch},))
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it would carry the paths of whoever trained
     archive = io.BytesIO()
     torch.export.save(program, archive)
     (folder / "fashion_resnet.pt").write_bytes(archive.getvalue())

@@ -1,7 +1,55 @@
-"""qopt: a quantization compiler with robustness-aware search."""
+"""qopt: a quantization compiler with robustness-aware search.
+
+The public surface is loaded when first used, so that importing `qopt` costs nothing.
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from qopt._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from qopt.api import load, optimize
+    from qopt.config import Options
+    from qopt.data import Data, load_data
+    from qopt.errors import QoptError
+    from qopt.job.bundle import Bundle
+    from qopt.plan import Plan
+    from qopt.report.model import Report
+
+_HOME = {
+    "Bundle": "qopt.job.bundle",
+    "Data": "qopt.data",
+    "Options": "qopt.config",
+    "Plan": "qopt.plan",
+    "QoptError": "qopt.errors",
+    "Report": "qopt.report.model",
+    "load": "qopt.api",
+    "load_data": "qopt.data",
+    "optimize": "qopt.api",
+}
+
+__all__ = [
+    "Bundle",
+    "Data",
+    "Options",
+    "Plan",
+    "QoptError",
+    "Report",
+    "__version__",
+    "load",
+    "load_data",
+    "optimize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'qopt' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, final
+from typing import Any, Literal, final, get_args
 
 from qopt.errors import UsageError
 from qopt.limits import ROBUST_GATES, Gate, Limit
+from qopt.spec import ActivationSpec, WeightSpec
 from qopt.threat import Norm
 
 ThresholdForm = Literal["auto", "paper", "relative", "weighted", "none"]
 BiasCorrection = Literal["auto", "on", "off"]
+
+_WORDS: dict[str, tuple[str, ...]] = {
+    "norm": get_args(Norm),
+    "thresholds": get_args(ThresholdForm),
+    "bias_correction": get_args(BiasCorrection),
+}
+
+
+def parse_baseline(text: str) -> tuple[WeightSpec, ActivationSpec]:
+    """Read ``WEIGHTS`` or ``WEIGHTS@ACTIVATIONS``; activations default to int8. Raises PlanError."""
+    weights, _, activations = text.partition("@")
+    return WeightSpec.parse(weights), ActivationSpec.parse(activations or "int8")
 
 
 @final
@@ -67,6 +80,16 @@ class Options:
                 )
         if not self.threshold > 0:
             raise UsageError("must be positive", where="--threshold", got=str(self.threshold))
+        for name, words in _WORDS.items():
+            if getattr(self, name) not in words:
+                raise UsageError(
+                    "unknown word", where=f"--{name.replace('_', '-')}", expected=", ".join(words),
+                    got=repr(getattr(self, name)),
+                )  # fmt: skip
+        for baseline in self.baselines:
+            parse_baseline(baseline)
+        if self.activations is not None:
+            ActivationSpec.parse(self.activations)
 
     @property
     def active_gates(self) -> tuple[Gate, ...]:

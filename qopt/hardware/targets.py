@@ -46,9 +46,9 @@ TARGETS = {
     target.name: target
     for target in (
         Target("int8", _formats("int8"), _INT8, (Limit("bits", 8.0),)),
-        Target("int4", _formats("int2", "log2", "int4", "log4", "int8"), _INT8, (Limit("bits", 4.0),)),
+        Target("int4", _formats("int2", "log2", "int4", "int4:max", "log4", "log4:max", "int8"), _INT8, (Limit("bits", 4.0),)),
         Target("int4-uniform", _formats("int4"), _INT8, (Limit("bits", 4.0),)),
-        Target("int2", _formats("int2", "log2", "int4", "log4", "int8"), _INT8, (Limit("bits", 2.0),)),
+        Target("int2", _formats("int2", "log2", "int4", "int4:max", "log4", "log4:max", "int8"), _INT8, (Limit("bits", 2.0),)),
     )
 }
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qopt.attacks import PGD, Finding, accuracy_vector, verdict
+from qopt.config import parse_baseline
 from qopt.job.artefact import Artefact, build_artefact
 from qopt.job.run import Run
 from qopt.measure.network import TwinClassifier
@@ -19,7 +20,6 @@ from qopt.plan import uniform
 from qopt.quantize import Applied
 from qopt.report.model import Drop, MaskingRow, Row, Share
 from qopt.size import code_bits
-from qopt.spec import ActivationSpec, WeightSpec
 from qopt.statistics import accuracy_interval, paired_difference
 
 
@@ -85,12 +85,11 @@ class Table:
 
     def add_baseline(self, text: str) -> None:
         """A uniform plan rounded to nearest, ``WEIGHTS`` or ``WEIGHTS@ACTIVATIONS``."""
-        weights, _, activations = text.partition("@")
-        plan = uniform(WeightSpec.parse(weights), ActivationSpec.parse(activations or "int8"))
-        applied = self.run.quantizer.apply(plan)
+        weights, activations = parse_baseline(text)
+        applied = self.run.quantizer.apply(uniform(weights, activations))
         artefact = build_artefact(self.run, applied, {})
-        name = f"uniform {weights}" + (f", activations {activations}" if activations else "")
-        self.add(name, artefact, applied, naive=bool(activations))
+        few = activations.bits < 8
+        self.add(f"uniform {weights}" + (f", activations {activations}" if few else ""), artefact, applied, naive=few)
 
     def _add_naive(self, name: str, bits: float, artefact: Artefact, clean: Tensor) -> None:
         plain = TwinClassifier(

@@ -11,6 +11,7 @@ import random
 import shutil
 import stat
 import struct
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -58,7 +59,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "load_nets.py").write_text(NET_SOURCE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(importlib.sys.modules, "load_nets", raising=False)  # type: ignore[attr-defined]
+    monkeypatch.delitem(sys.modules, "load_nets", raising=False)
     return tmp_path
 
 

@@ -1,0 +1,5 @@
+"""`python -m qopt`."""
+
+from qopt.cli import main
+
+main()
