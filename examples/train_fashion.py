@@ -130,7 +130,9 @@ def main() -> None:
     save(net, args.out, train_set, test_set)
     x, y = to_float(test_set[0]), torch.from_numpy(test_set[1])
     torch.manual_seed(args.seed)
-    print(f"clean {100 * accuracy(net, x, y, 0):.2f} %  PGD-20 {100 * accuracy(net, x, y, 20):.2f} %  (10000 test images)")
+    print(
+        f"clean {100 * accuracy(net, x, y, 0):.2f} %  PGD-20 {100 * accuracy(net, x, y, 20):.2f} %  (10000 test images)"
+    )
 
 
 if __name__ == "__main__":

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from qopt.cache import Cache
-from qopt.config import Options
+from qopt.config import resolve_options
 from qopt.data import Data, load_data
 from qopt.errors import UsageError
 from qopt.graph.formats import Format, identify
 from qopt.graph.load import load_model
 from qopt.graph.to_onnx import module_to_onnx
 from qopt.job.bundle import Bundle
-from qopt.job.optimize import optimize_model
-from qopt.limits import parse_gate, parse_limit
-from qopt.threat import parse_eps
+from qopt.job.command import reproduce
+from qopt.job.optimize import Task, optimize_model
+from qopt.plan import Plan
 
 
 def optimize(
@@ -35,6 +35,7 @@ def optimize(
     limits: tuple[str, ...] = (),
     gates: tuple[str, ...] | None = None,
     eps: float | str | None = None,
+    plan: str | Path | Plan | None = None,
     cache: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
     **options: Any,
@@ -56,6 +57,7 @@ def optimize(
         limits: such as ``("bits<=3.5", "flash<=512KB")``.
         gates: such as ``("clean_drop<=1",)`` in points against float; None for the defaults.
         eps: radius of the threat model, pixels in [0, 1], as a number or like ``"8/255"``.
+        plan: a plan, or the file of one, to apply instead of searching.
         cache: folder that keeps expensive evaluations by content; None keeps nothing.
         progress: told the name of each step as it begins.
         **options: the other fields of `qopt.config.Options`.
@@ -69,44 +71,27 @@ def optimize(
         VerificationError: an emitted file that does not compute what it must (exit code 4).
     """
     resolved = resolve_options(target=target, robust=robust, limits=limits, gates=gates, eps=eps, **options)
+    chosen = _read_plan(plan)
     loaded = load_data(str(data)) if isinstance(data, str | Path) else data
     shape = input_shape or (None if loaded is None else tuple(loaded.report.images.shape[1:]))
     if isinstance(model, nn.Module):
         if shape is None:
             raise UsageError("a module is exported with an example", fix="give input_shape or data")
-        graph, name, size = module_to_onnx(model, shape), type(model).__name__, 0
+        graph, name, source = module_to_onnx(model, shape), type(model).__name__, {}
     else:
         path = Path(model)
         graph = load_model(path, factory=factory, trust=trust, input_shape=input_shape or _needed(path, shape))
-        name, size = path.stem, path.stat().st_size if identify(path) is Format.ONNX else 0
-    store = Cache(Path(cache) if cache is not None else None)
-    bundle = optimize_model(graph, name, loaded, resolved, store, progress or (lambda step: None), size)
+        name, source = path.stem, _source(path)
+    extra = (*(("--model", factory) if factory else ()), *(("--trust",) if trust else ()))
+    extra += ("--plan", str(plan)) if isinstance(plan, str | Path) else ()
+    extra += ("--input-shape", ",".join(map(str, input_shape))) if input_shape else ()
+    where = str(data) if isinstance(data, str | Path) else None
+    command = reproduce(name if isinstance(model, nn.Module) else str(model), where, resolved, extra)
+    task = Task(graph, name, loaded, resolved, chosen, source, command)
+    bundle = optimize_model(task, Cache(Path(cache) if cache is not None else None), progress or (lambda step: None))
     if out is not None:
         bundle.write(out)
     return bundle
-
-
-def resolve_options(
-    *,
-    limits: tuple[str, ...] = (),
-    gates: tuple[str, ...] | None = None,
-    eps: float | str | None = None,
-    **fields: Any,
-) -> Options:
-    """Options from what users write; raises UsageError for an unknown field or a value that does not parse."""
-    known = Options.__dataclass_fields__
-    for name in fields:
-        if name not in known:
-            from qopt.errors import nearest
-
-            raise UsageError("unknown option", got=repr(name), fix=nearest(name, known))
-    options = Options(**fields)
-    return replace(
-        options,
-        limits=tuple(parse_limit(text) for text in limits),
-        gates=None if gates is None else tuple(parse_gate(text) for text in gates),
-        eps=parse_eps(eps) if isinstance(eps, str) else eps,
-    )
 
 
 def load(
@@ -114,6 +99,23 @@ def load(
 ) -> Any:
     """A model file as an `onnx_ir.Model`, loaded as `optimize` loads it, with the same errors."""
     return load_model(Path(path), factory=factory, trust=trust, input_shape=input_shape)
+
+
+def _read_plan(plan: str | Path | Plan | None) -> Plan | None:
+    if plan is None or isinstance(plan, Plan):
+        return plan
+    path = Path(plan)
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError("cannot read the plan", where=str(path), got=str(error)) from error
+
+
+def _source(path: Path) -> dict[str, Any]:
+    """Facts about the user's file; its size counts where it is a float ONNX file, which the emitted one replaces."""
+    content = path.read_bytes()
+    size = {"bytes": len(content)} if identify(path) is Format.ONNX else {}
+    return {"file": path.name, "sha256": hashlib.sha256(content).hexdigest(), **size}
 
 
 def _needed(path: Path, shape: tuple[int, ...] | None) -> tuple[int, ...] | None:

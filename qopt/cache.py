@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import zipfile
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -57,7 +58,7 @@ class Cache:
         """What ``compute`` returns, from the folder where an equal key stored it before."""
         if self.folder is None:
             return compute()
-        text = json.dumps({"kind": kind, "code": code_digest(), **key}, sort_keys=True)
+        text = json.dumps({"kind": kind, "code": code_digest(), "key": dict(key)}, sort_keys=True)
         path = self.folder / kind / f"{hashlib.sha256(text.encode()).hexdigest()}.npz"
         found = _read(path)
         if found is not None:
@@ -79,7 +80,7 @@ def digest_arrays(*arrays: NDArray[Any]) -> str:
 
 def _read(path: Path) -> Arrays | None:
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:  # a path would leak a handle
             return {name: stored[name] for name in stored.files}
     except Exception:  # a missing, truncated or foreign file raises errors of a dozen kinds; all mean a miss
         return None
@@ -87,7 +88,10 @@ def _read(path: Path) -> Arrays | None:
 
 def _write(path: Path, arrays: Arrays) -> None:
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, buffer.getvalue())

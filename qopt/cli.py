@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -34,8 +34,6 @@ def main() -> None:
         app(standalone_mode=True)
     except QoptError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted, nothing was written", 130)
     except Exception as error:
         if "--debug" in sys.argv:
             raise
@@ -43,7 +41,7 @@ def main() -> None:
         _fail(f"internal error: {type(error).__name__}: {text}; --debug shows where", 4)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     sys.stderr.write(f"qopt: {message}\n")
     sys.exit(code)
 
@@ -92,6 +90,7 @@ def optimize(
     search: Annotated[str, typer.Option(help="Strategy: greedy, lipschitz, uniform.")] = "greedy",
     thresholds: Annotated[str, typer.Option(help="Form: auto, paper, relative, weighted, none.")] = "auto",
     threshold: Annotated[float, typer.Option(help="Bound of relative and weighted thresholds.")] = 0.25,
+    plan: Annotated[Path | None, typer.Option(help="A plan.json to apply instead of searching.")] = None,
     activations: Annotated[
         str | None, typer.Option(help="Activation format, such as int8 or float. [target's]")
     ] = None,
@@ -127,9 +126,10 @@ def optimize(
     }  # fmt: skip
     if baseline:
         options["baselines"] = tuple(baseline)
+    _check_options(options)
     shape = tuple(int(size) for size in _numbers(input_shape, "--input-shape")) or None
     bundle = _run(
-        model, quiet, threads, data=data, factory=factory, trust=trust, input_shape=shape,
+        model, quiet, threads, data=data, factory=factory, trust=trust, input_shape=shape, plan=plan,
         cache=_cache_folder() if cache else None, **options,
     )  # fmt: skip
     bundle.write(folder)
@@ -161,15 +161,18 @@ def _run(model: str, quiet: bool, threads: int | None, **arguments: Any) -> Any:
     from qopt.progress import reporter
     from qopt.quiet import stdout_to_stderr
 
-    with reporter(quiet) as progress, stdout_to_stderr():
-        progress("load")
-        import torch
+    try:
+        with reporter(quiet) as progress, stdout_to_stderr():
+            progress("load")
+            import torch
 
-        from qopt.api import optimize as compile_model
+            from qopt.api import optimize as compile_model
 
-        if threads is not None:
-            torch.set_num_threads(threads)
-        return compile_model(model, progress=progress, **arguments)
+            if threads is not None:
+                torch.set_num_threads(threads)
+            return compile_model(model, progress=progress, **arguments)
+    except KeyboardInterrupt:  # the command framework would end without a word
+        _fail("interrupted, nothing was written", 130)
 
 
 def _numbers(text: str, where: str) -> tuple[float, ...]:
@@ -177,6 +180,21 @@ def _numbers(text: str, where: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError as error:
         raise UsageError("not a list of numbers", where=where, expected="like 0.5,0.5,0.5", got=repr(text)) from error
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuse wrong words at once, before the seconds that importing torch takes."""
+    from qopt.config import resolve_options
+    from qopt.hardware.targets import parse_target
+    from qopt.plugins import plugins as table
+
+    resolved = resolve_options(**options)
+    parse_target(resolved.target)
+    if resolved.search not in table("qopt.searches"):
+        from qopt.errors import nearest
+
+        known = nearest(resolved.search, table("qopt.searches"))
+        raise UsageError("unknown name", where="--search", got=repr(resolved.search), fix=known)
 
 
 def _check_folder(folder: Path) -> None:

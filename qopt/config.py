@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, final, get_args
 
-from qopt.errors import UsageError
-from qopt.limits import ROBUST_GATES, Gate, Limit
+from qopt.errors import PlanError, UsageError, nearest
+from qopt.limits import ROBUST_GATES, Gate, Limit, parse_gate, parse_limit
 from qopt.spec import ActivationSpec, WeightSpec
-from qopt.threat import Norm
+from qopt.threat import Norm, ThreatModel, parse_eps
 
 ThresholdForm = Literal["auto", "paper", "relative", "weighted", "none"]
 BiasCorrection = Literal["auto", "on", "off"]
@@ -78,18 +79,23 @@ class Options:
                 raise UsageError(
                     "must be at least 1", where=f"--{name.replace('_', '-')}", got=str(getattr(self, name))
                 )
-        if not self.threshold > 0:
-            raise UsageError("must be positive", where="--threshold", got=str(self.threshold))
+        if not (math.isfinite(self.threshold) and self.threshold > 0):
+            raise UsageError("must be positive and finite", where="--threshold", got=str(self.threshold))
         for name, words in _WORDS.items():
             if getattr(self, name) not in words:
                 raise UsageError(
                     "unknown word", where=f"--{name.replace('_', '-')}", expected=", ".join(words),
                     got=repr(getattr(self, name)),
                 )  # fmt: skip
-        for baseline in self.baselines:
-            parse_baseline(baseline)
-        if self.activations is not None:
-            ActivationSpec.parse(self.activations)
+        try:
+            where = "--baseline"
+            for baseline in self.baselines:
+                parse_baseline(baseline)
+            where = "--activations"
+            if self.activations is not None:
+                ActivationSpec.parse(self.activations)
+        except PlanError as error:
+            raise error.at(where) from error
 
     @property
     def active_gates(self) -> tuple[Gate, ...]:
@@ -106,19 +112,28 @@ class Options:
         return plain
 
 
-@final
-@dataclass(frozen=True)
-class Source:
-    """Where a model comes from.
+def resolve_options(
+    *,
+    limits: tuple[str, ...] = (),
+    gates: tuple[str, ...] | None = None,
+    eps: float | str | None = None,
+    **fields: Any,
+) -> Options:
+    """Options from what users write: limits, gates and eps as text, the other fields of `Options` as they are.
 
-    Attributes:
-        path: the file.
-        factory: ``package.module:name`` of the network that a state dict belongs to.
-        trust: load formats that can run code.
-        input_shape: shape of one image, where the file does not tell.
+    Raises:
+        UsageError: an unknown field, or a value that does not parse.
     """
-
-    path: str
-    factory: str | None = None
-    trust: bool = False
-    input_shape: tuple[int, ...] | None = field(default=None)
+    for name in fields:
+        if name not in Options.__dataclass_fields__:
+            raise UsageError("unknown option", got=repr(name), fix=nearest(name, Options.__dataclass_fields__))
+    radius = parse_eps(eps) if isinstance(eps, str) else eps
+    options = Options(
+        limits=tuple(parse_limit(text) for text in limits),
+        gates=None if gates is None else tuple(parse_gate(text) for text in gates),
+        eps=radius,
+        **fields,
+    )
+    if radius is not None:
+        ThreatModel(options.norm, radius)
+    return options

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import ClassVar, final
+from typing import ClassVar, Self, final
 
 
 class QoptError(Exception):
@@ -46,6 +46,11 @@ class QoptError(Exception):
     ) -> None:
         self.what, self.where, self.expected, self.got, self.fix = what, where, expected, got, fix
         super().__init__(self._line())
+
+    def at(self, where: str) -> Self:
+        """The same error with ``where`` before the place it was found at."""
+        place = f"{where}: {self.where}" if self.where else where
+        return type(self)(self.what, where=place, expected=self.expected, got=self.got, fix=self.fix)
 
     def _line(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what

@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal, final
+from fractions import Fraction
+from typing import Literal, final, get_args
 
 from qopt.errors import UsageError, nearest
 
 Quantity = Literal["bits", "size", "flash", "latency", "energy", "sram", "lipschitz"]
-QUANTITIES = ("bits", "size", "flash", "latency", "energy", "sram", "lipschitz")
+QUANTITIES: tuple[str, ...] = get_args(Quantity)
 GATES = ("clean_drop", "robust_drop", "masking")
 
-_UNITS: dict[str, dict[str, float]] = {
-    "bits": {"": 1.0},
-    "size": {"": 1.0, "B": 1.0, "KB": 1024.0, "MB": 1024.0**2},
-    "flash": {"": 1.0, "B": 1.0, "KB": 1024.0, "MB": 1024.0**2},
-    "sram": {"": 1.0, "B": 1.0, "KB": 1024.0, "MB": 1024.0**2},
-    "latency": {"s": 1.0, "ms": 1e-3, "us": 1e-6},
-    "energy": {"J": 1.0, "mJ": 1e-3, "uJ": 1e-6, "nJ": 1e-9},
-    "lipschitz": {"": 1.0},
+_MILLI, _MICRO, _NANO = Fraction(1, 10**3), Fraction(1, 10**6), Fraction(1, 10**9)
+_UNITS: dict[str, dict[str, int | Fraction]] = {
+    "bits": {"": 1},
+    "size": {"": 1, "B": 1, "KB": 1024, "MB": 1024**2},
+    "flash": {"": 1, "B": 1, "KB": 1024, "MB": 1024**2},
+    "sram": {"": 1, "B": 1, "KB": 1024, "MB": 1024**2},
+    "latency": {"s": 1, "ms": _MILLI, "us": _MICRO},
+    "energy": {"J": 1, "mJ": _MILLI, "uJ": _MICRO, "nJ": _NANO},
+    "lipschitz": {"": 1},
 }
 _LIMIT = re.compile(r"\s*([a-z_]+)\s*<=\s*([0-9.eE+-]+)\s*([A-Za-z]*)\s*")
 _GATE = re.compile(r"\s*([a-z_]+)\s*(<=|=)\s*([a-z0-9.eE+-]+)\s*")
@@ -35,7 +37,8 @@ class Limit:
     bound: float
 
     def __str__(self) -> str:
-        return f"{self.quantity}<={self.bound:g}"
+        unit = next(unit for unit, factor in _UNITS[self.quantity].items() if factor == 1)
+        return f"{self.quantity}<={_shortest(self.bound)}{unit}"
 
 
 @final
@@ -47,7 +50,7 @@ class Gate:
     bound: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.name}=none" if self.bound is None else f"{self.name}<={self.bound:g}"
+        return f"{self.name}=none" if self.bound is None else f"{self.name}<={_shortest(self.bound)}"
 
 
 ROBUST_GATES = (Gate("clean_drop", 2.0), Gate("robust_drop", 2.0), Gate("masking"))
@@ -65,7 +68,7 @@ def parse_limit(text: str) -> Limit:
     if match[3] not in units:
         expected = " or ".join(unit or "no unit" for unit in units)
         raise UsageError(f"wrong unit for {match[1]}", where="--limit", expected=expected, got=repr(match[3]))
-    return Limit(match[1], _number(match[2], text, "--limit") * units[match[3]])  # type: ignore[arg-type]
+    return Limit(match[1], _number(match[2], text, "--limit", units[match[3]]))  # type: ignore[arg-type]
 
 
 def parse_gate(text: str) -> Gate:
@@ -84,11 +87,16 @@ def parse_gate(text: str) -> Gate:
     return Gate(match[1], _number(match[3], text, "--gate"))
 
 
-def _number(digits: str, text: str, where: str) -> float:
+def _number(digits: str, text: str, where: str, unit: int | Fraction = 1) -> float:
     try:
-        value = float(digits)
+        value = float(digits) * unit.numerator / unit.denominator
     except ValueError as error:
         raise UsageError("not a number", where=where, got=repr(text)) from error
     if not math.isfinite(value) or value < 0:
         raise UsageError("a bound is finite and not negative", where=where, got=repr(text))
     return value
+
+
+def _shortest(number: float) -> str:
+    """The shortest text that reads back as ``number``, so that a limit can be copied from a report."""
+    return repr(float(number)).removesuffix(".0")

@@ -2,51 +2,51 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, final
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, WithJsonSchema, field_validator
 
+from qopt.documents import Document, first_problem, read
 from qopt.errors import PlanError, nearest
 from qopt.spec import FLOAT, FLOAT_ACTIVATION, ActivationSpec, WeightSpec
 
 SCHEMA: Literal[1] = 1
 """The version of the file format; a reader refuses any other."""
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+_WEIGHT = r"^(float|(int|log)[1-8](:(tensor|channel)(:(max|mse))?|:(max|mse)(:(tensor|channel))?)?)$"
+_ACTIVATION = r"^(float|int[2-8](:(minmax|p100|p[5-9][0-9](\.[0-9]+)?))?)$"
+WeightText = Annotated[str, WithJsonSchema({"type": "string", "pattern": _WEIGHT})]
+ActivationText = Annotated[str, WithJsonSchema({"type": "string", "pattern": _ACTIVATION})]
 
 
 @final
-class Defaults(_Strict):
+class Defaults(Document):
     """The formats of whatever ``weights`` and ``activations`` do not name."""
 
-    weights: str = "float"
-    activations: str = "float"
+    weights: WeightText = "float"
+    activations: ActivationText = "float"
 
     @field_validator("weights")
     @classmethod
     def _weight(cls, value: str) -> str:
-        return str(WeightSpec.parse(value))
+        return _canonical(WeightSpec.parse, value, "key 'defaults.weights'")
 
     @field_validator("activations")
     @classmethod
     def _activation(cls, value: str) -> str:
-        return str(ActivationSpec.parse(value))
+        return _canonical(ActivationSpec.parse, value, "key 'defaults.activations'")
 
 
 @final
-class Plan(_Strict):
+class Plan(Document):
     """One quantization of one network, as `plan.json` holds it.
 
     Attributes:
-        schema_: the format version (key ``schema``).
+        schema_: the format version (key ``schema``, and so the constructor's argument).
         defaults: formats of what is not named below.
         weights: layer name or glob to weight spec; a later entry overrides an earlier one.
         activations: tensor name or glob to activation spec.
@@ -61,38 +61,41 @@ class Plan(_Strict):
 
     schema_: Literal[1] = Field(default=SCHEMA, alias="schema")
     defaults: Defaults = Defaults()
-    weights: dict[str, str] = {}
-    activations: dict[str, str] = {}
-    ranges: dict[str, tuple[Finite, Finite]] = {}
-    ties: list[list[str]] = []
+    weights: dict[str, WeightText] = Field(default_factory=dict)
+    activations: dict[str, ActivationText] = Field(default_factory=dict)
+    ranges: dict[str, tuple[float, float]] = Field(default_factory=dict)
+    ties: list[list[str]] = Field(default_factory=list)
     rounding: Literal["nearest"] = "nearest"
     bias_correction: bool = False
     model: str = ""
     data: str = ""
-    reasons: dict[str, str] = {}
-
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    reasons: dict[str, str] = Field(default_factory=dict)
 
     @field_validator("weights")
     @classmethod
     def _weights(cls, value: dict[str, str]) -> dict[str, str]:
-        return {name: str(WeightSpec.parse(spec)) for name, spec in value.items()}
+        return {name: _canonical(WeightSpec.parse, spec, f"key 'weights.{name}'") for name, spec in value.items()}
 
     @field_validator("activations")
     @classmethod
     def _activations(cls, value: dict[str, str]) -> dict[str, str]:
-        return {name: str(ActivationSpec.parse(spec)) for name, spec in value.items()}
+        parse = ActivationSpec.parse
+        return {name: _canonical(parse, spec, f"key 'activations.{name}'") for name, spec in value.items()}
 
     @field_validator("ranges")
     @classmethod
     def _ranges(cls, value: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
         for name, (low, high) in value.items():
             if low > high:
-                raise PlanError("an activation range is upside down", where=name, got=f"[{low}, {high}]")
+                raise PlanError("the range is upside down", where=f"key 'ranges.{name}'", got=f"[{low}, {high}]")
         return value
 
     def weight_specs(self, layers: Iterable[str]) -> dict[str, WeightSpec]:
-        """The spec of every layer in ``layers``, in their order; raises PlanError for a name that matches none."""
+        """The spec of every layer in ``layers``, in their order.
+
+        Raises:
+            PlanError: a name or glob that matches none, or a tie group with unknown layers or different formats.
+        """
         names = list(layers)
         resolved = _resolve(self.weights, self.defaults.weights, names, "layer")
         specs = {name: WeightSpec.parse(text) for name, text in resolved.items()}
@@ -101,8 +104,16 @@ class Plan(_Strict):
         return specs
 
     def activation_specs(self, tensors: Iterable[str]) -> dict[str, ActivationSpec]:
-        """The spec of every quantizable tensor in ``tensors``; raises PlanError for a name that matches none."""
-        resolved = _resolve(self.activations, self.defaults.activations, list(tensors), "tensor")
+        """The spec of every quantizable tensor in ``tensors``, in their order.
+
+        Raises:
+            PlanError: a name or glob, or the name of a range, that matches none.
+        """
+        names = list(tensors)
+        resolved = _resolve(self.activations, self.defaults.activations, names, "tensor")
+        for name in self.ranges:
+            if name not in resolved:
+                raise _unknown("tensor", name, names)
         return {name: ActivationSpec.parse(text) for name, text in resolved.items()}
 
     def to_json(self) -> str:
@@ -112,22 +123,22 @@ class Plan(_Strict):
     @staticmethod
     def from_json(text: str, where: str = "plan") -> Plan:
         """Parse a plan; raises PlanError naming ``where`` and the first thing wrong."""
-        try:
-            return Plan.model_validate(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise PlanError("not valid JSON", where=where, got=str(error)) from error
-        except ValidationError as error:
-            raise PlanError(*_first_problem(error), where=where) from error
+        return read(Plan, text, where, PlanError)
 
     @property
     def digest(self) -> str:
         """SHA-256 of what the plan does (its reasons do not count): equal plans quantize alike."""
         body = self.model_dump(by_alias=True, exclude={"reasons"})
+        for ordered in ("weights", "activations"):  # a later glob overrides an earlier one
+            body[ordered] = list(body[ordered].items())
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
     def with_changes(self, **changes: Any) -> Plan:
-        """A copy with some fields replaced, validated like a plan that is read."""
-        return Plan.model_validate({**self.model_dump(by_alias=True), **changes})
+        """A copy with some fields replaced; raises PlanError where the result is no plan."""
+        try:
+            return Plan.model_validate({**self.model_dump(by_alias=True), **changes})
+        except ValidationError as error:
+            raise first_problem(Plan, error, "plan", PlanError) from error
 
 
 def uniform(weights: WeightSpec = FLOAT, activations: ActivationSpec = FLOAT_ACTIVATION, **fields: Any) -> Plan:
@@ -135,32 +146,31 @@ def uniform(weights: WeightSpec = FLOAT, activations: ActivationSpec = FLOAT_ACT
     return Plan(defaults=Defaults(weights=str(weights), activations=str(activations)), **fields)
 
 
+def _canonical(parse: Callable[[str], object], text: str, where: str) -> str:
+    try:
+        return str(parse(text))
+    except PlanError as error:
+        raise error.at(where) from error
+
+
 def _resolve(entries: Mapping[str, str], default: str, names: list[str], what: str) -> dict[str, str]:
-    known = set(names)
     chosen = dict.fromkeys(names, default)
     for pattern, spec in entries.items():
-        matched = [pattern] if pattern in known else fnmatch.filter(names, pattern)
+        matched = [pattern] if pattern in chosen else [name for name in names if fnmatchcase(name, pattern)]
         if not matched:
-            raise PlanError(
-                f"the plan names a {what} that the model does not have", where=pattern, fix=nearest(pattern, known)
-            )
+            raise _unknown(what, pattern, names)
         chosen.update(dict.fromkeys(matched, spec))
     return chosen
+
+
+def _unknown(what: str, name: str, known: Iterable[str]) -> PlanError:
+    return PlanError(f"the plan names a {what} that the model does not have", where=name, fix=nearest(name, known))
 
 
 def _check_tie(group: list[str], specs: Mapping[str, WeightSpec]) -> None:
     for name in group:
         if name not in specs:
-            raise PlanError(
-                "a tie group names a layer that the model does not have", where=name, fix=nearest(name, specs)
-            )
+            raise _unknown("tied layer", name, specs)
     if len({specs[name] for name in group}) > 1:
         listed = ", ".join(f"{name} {specs[name]}" for name in group)
-        raise PlanError("tied layers must share one format", got=listed, fix="give them the same spec")
-
-
-def _first_problem(error: ValidationError) -> tuple[str]:
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
-    known = nearest(str(first["loc"][-1]), Plan.model_fields) if first["type"] == "extra_forbidden" else ""
-    return (f"key {place!r}: {first['msg'].lower()}" + (f"; {known}" if known else ""),)
+        raise PlanError("tied layers must share one format", where=group[0], got=listed, fix="give them the same spec")

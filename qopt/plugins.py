@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, final
@@ -40,10 +39,9 @@ class Plugin:
 
     def load(self) -> Any:
         """The class or object; raises PluginError naming the plugin and what its import raised."""
-        module, _, attribute = self.target.partition(":")
         try:
-            return getattr(importlib.import_module(module), attribute)
-        except Exception as error:
+            return EntryPoint(self.name, self.target, self.group).load()
+        except (Exception, SystemExit) as error:  # the import runs somebody else's code
             raise PluginError(
                 "the plugin does not load", where=f"{self.group} {self.name} from {self.origin}",
                 got=f"{type(error).__name__}: {error}",

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from qopt.errors import PlanError
+from qopt.emit import integer_parts
+from qopt.errors import DataError, PlanError
 from qopt.graph.model import Layer, Prepared
 from qopt.graph.quantized import Quantized
 from qopt.graph.twin import build_twin
@@ -23,13 +24,18 @@ from qopt.passes.correct_biases import CorrectBiases
 from qopt.passes.fold_weights import FoldWeights
 from qopt.passes.insert_activation_quantizers import InsertActivationQuantizers
 from qopt.passes.insert_weight_quantizers import InsertWeightQuantizers
+from qopt.passes.round_biases import RoundBiases
 from qopt.passes.unshare import Unshare
 from qopt.plan import Plan
 from qopt.quant import AffineRange, QuantizedWeight, RangeObserver, quantize_weight
-from qopt.spec import WeightSpec
+from qopt.seeds import derive
+from qopt.spec import ActivationSpec, WeightSpec
+
+BATCH = 64
+"""Calibration images per run where the batch axis is dynamic."""
 
 BIAS_IMAGES = 256
-"""Calibration images that bias correction runs through the network at once."""
+"""Calibration images on which biases are corrected; those of one layer are in memory at once."""
 
 
 @final
@@ -59,8 +65,14 @@ class Quantizer:
 
     Attributes:
         prepared: the float network.
-        calibration: images (n, ...) as the network takes them, or None where there is no data.
+        calibration: images float32 (n, ...) as the network takes them, or None where there is no data; kept in whole
+            batches where the graph takes one batch size only.
         float_graph: the float twin in canonical form, its activations marked; shared, never changed.
+        notes: what the passes that made ``float_graph`` said.
+        seconds: name of each of them to the time it took.
+
+    Raises:
+        DataError: calibration images that the network does not take.
     """
 
     prepared: Prepared
@@ -72,6 +84,8 @@ class Quantizer:
     _observers: dict[str, RangeObserver] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.calibration is not None:
+            self.calibration = whole_batches(_checked(self.calibration, self.prepared), self.prepared.batch)
         pipeline = Pipeline((Unshare(), CanonicaliseLinear(), Annotate()), self.sample)
         self.float_graph = pipeline(build_twin(self.prepared))
         self.notes += pipeline.notes
@@ -81,7 +95,7 @@ class Quantizer:
     def sample(self) -> Tensor:
         """Images on which passes are verified: two where the batch axis allows it."""
         count = self.prepared.batch or 2
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(derive(0, "passes", "sample"))
         return torch.rand(count, *self.prepared.input_shape, generator=generator)
 
     @property
@@ -104,8 +118,14 @@ class Quantizer:
         """Make ``plan`` real.
 
         Raises:
-            PlanError: it names what the network does not have, or quantizes activations without ranges or data.
+            PlanError: it was made for another network, names what this one does not have, or quantizes activations
+                without ranges or data.
         """
+        if plan.model not in ("", self.prepared.digest):
+            raise PlanError(
+                "the plan was made for another model", where="model", expected=self.prepared.digest[:12],
+                got=plan.model[:12], fix="leave the plan's model empty to apply it to any",
+            )  # fmt: skip
         specs = plan.weight_specs([layer.name for layer in self.prepared.layers])
         plan = plan.with_changes(ranges=self._ranges(plan))
         weights = {
@@ -117,19 +137,30 @@ class Quantizer:
         corrector = self._corrector() if plan.bias_correction else None
         steps: list[Pass] = [InsertWeightQuantizers(weights), InsertActivationQuantizers(activations)]
         steps += [corrector] if corrector else []
-        pipeline = Pipeline((*steps, FoldWeights()), self.sample)
-        graph = pipeline(copy.deepcopy(self.float_graph))
+        first = Pipeline(steps, self.sample)
+        graph = first(copy.deepcopy(self.float_graph))
         quantized = Quantized(weights, dict(corrector.biases) if corrector else {}, activations)
-        return Applied(plan, quantized, graph, pipeline.seconds, tuple(pipeline.notes))
+        second = Pipeline((RoundBiases(self._kernel_biases(quantized)), FoldWeights()), self.sample)
+        graph = second(graph)
+        return Applied(plan, quantized, graph, first.seconds | second.seconds, (*first.notes, *second.notes))
+
+    def _kernel_biases(self, quantized: Quantized) -> dict[tuple[str, int], Tensor]:
+        """What the integer kernels of the emitted file will add, for the layers that run on them."""
+        return {
+            (name, use): torch.from_numpy(bias.values)
+            for name, part in integer_parts(self.prepared, quantized).items()
+            for use, bias in part.biases.items()
+        }
+
+    def _quantized_tensors(self, plan: Plan) -> dict[str, ActivationSpec]:
+        return {name: spec for name, spec in plan.activation_specs(self.tensors).items() if not spec.is_float}
 
     def _ranges(self, plan: Plan) -> dict[str, tuple[float, float]]:
         """The plan's own ranges where it has them, observed ones for every other tensor it quantizes."""
-        specs = {n: s for n, s in plan.activation_specs(self.tensors).items() if not s.is_float}
+        specs = self._quantized_tensors(plan)
         missing = {name: spec.percentile for name, spec in specs.items() if name not in plan.ranges}
-        ranges = {name: plan.ranges[name] for name in specs if name in plan.ranges}
-        if missing:
-            ranges |= self._observed(missing)
-        return {name: ranges[name] for name in specs}
+        known = {**plan.ranges, **(self._observed(missing) if missing else {})}
+        return {name: known[name] for name in specs}
 
     def _observed(self, percentiles: Mapping[str, float]) -> dict[str, tuple[float, float]]:
         if self.calibration is None:
@@ -137,22 +168,50 @@ class Quantizer:
                 "the plan quantizes activations and there is nothing to calibrate them on",
                 where=next(iter(percentiles)), fix="give --data, or ranges in the plan",
             )  # fmt: skip
-        calibrate = Calibrate(self.calibration, self.prepared.batch or 64, self._observers)
+        calibrate = Calibrate(self.calibration, self.prepared.batch or BATCH, dict(self._observers))
         if not self._observers:
             Pipeline((calibrate,), self.sample)(self.float_graph)
+            self._observers.update(calibrate.observers)  # only now: what an error cut short must not be used later
         return calibrate.bounds(percentiles)
 
     def _activations(self, plan: Plan) -> dict[str, AffineRange]:
-        specs = plan.activation_specs(self.tensors)
-        return {
-            value: AffineRange.from_bounds(*plan.ranges[name], specs[name].bits)
-            for name, values in self.tensors.items()
-            if not specs[name].is_float
-            for value in values
+        ranges = {
+            name: _affine(name, plan.ranges[name], spec.bits) for name, spec in self._quantized_tensors(plan).items()
         }
+        return {value: ranges[name] for name, values in self.tensors.items() if name in ranges for value in values}
 
     def _corrector(self) -> CorrectBiases:
         if self.calibration is None:
             raise PlanError("bias correction needs images", where="bias_correction", fix="give --data")
-        count = BIAS_IMAGES if self.prepared.batch is None else self.prepared.batch
-        return CorrectBiases(self.calibration[:count], self.float_graph)
+        batch = self.prepared.batch
+        count = BIAS_IMAGES if batch is None else max(BIAS_IMAGES // batch, 1) * batch
+        return CorrectBiases(self.calibration[:count], self.float_graph, batch or BATCH)
+
+
+def whole_batches(images: Tensor, batch: int | None) -> Tensor:
+    """``images`` (n, ...) in a number that a graph bound to ``batch`` takes; all of them where ``batch`` is None.
+
+    A remainder is left out; fewer images than one batch are repeated until they fill it.
+    """
+    if batch is None:
+        return images
+    if len(images) < batch:
+        return images[torch.arange(batch) % len(images)]
+    return images[: len(images) // batch * batch]
+
+
+def _affine(name: str, bounds: tuple[float, float], bits: int) -> AffineRange:
+    try:
+        return AffineRange.from_bounds(*bounds, bits)
+    except DataError as error:
+        raise error.at(f"key 'ranges.{name}'") from error
+
+
+def _checked(images: Tensor, prepared: Prepared) -> Tensor:
+    if images.shape[1:] != prepared.input_shape or not len(images) or images.dtype != torch.float32:
+        raise DataError(
+            "calibration images that the network does not take",
+            expected=f"float32 ({', '.join(['n', *map(str, prepared.input_shape)])})",
+            got=f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}",
+        )
+    return images

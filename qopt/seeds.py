@@ -10,5 +10,5 @@ def derive(seed: int, *names: str | int) -> int:
 
     Streams with different names are unrelated, so that adding a use never shifts another one.
     """
-    text = "/".join([str(seed), *map(str, names)])
+    text = "/".join([str(seed), *(str(name).replace("\\", "\\\\").replace("/", "\\/") for name in names)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

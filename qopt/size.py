@@ -36,7 +36,7 @@ class Stored:
 
 
 def table_bytes(spec: WeightSpec) -> int:
-    """Bytes of the table that turns a format's codes into levels; a file holds one for each format it uses."""
+    """Bytes of the table that turns a format's codes into levels: int8, or float32 for log formats above 4 bits."""
     if spec.is_float or (spec.kind == "int" and spec.container_bits != 2):
         return 0
     if spec.container_bits == 2:
@@ -45,10 +45,20 @@ def table_bytes(spec: WeightSpec) -> int:
 
 
 def stored_bytes(tensors: Iterable[Stored]) -> int:
-    """Bytes of all codes, scales and tables of a network; weights have no zero points."""
+    """Bytes of all codes, scales and tables of a network; weights have no zero points.
+
+    The shapes that a file spells out as integers beside them are structure, as strides are, and not counted.
+    """
     items = list(tensors)
-    tables = {(t.spec.kind, t.spec.bits): table_bytes(t.spec) for t in items}
+    tables = {_table(t.spec): table_bytes(t.spec) for t in items}
     return sum((t.bytes for t in items), 0) + sum(tables.values())
+
+
+def _table(spec: WeightSpec) -> tuple[str, int]:
+    """What tells the tables of a file apart: codes of one bit are signs in a 2-bit container, whatever their kind."""
+    if spec.container_bits == 2:
+        return ("int" if spec.bits == 1 else spec.kind), 2
+    return spec.kind, spec.bits
 
 
 def code_bits(tensors: Iterable[Stored]) -> float:

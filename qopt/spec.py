@@ -23,7 +23,7 @@ Granularity = Literal["channel", "tensor"]
 Scale = Literal["mse", "max"]
 
 _WEIGHT = re.compile(r"(int|log)([1-8])((?::[a-z]+)*)")
-_ACTIVATION = re.compile(r"int([2-8])(?::(minmax|p\d{1,2}(?:\.\d+)?|p100))?")
+_ACTIVATION = re.compile(r"int([2-8])(?::(minmax|p[0-9]{1,2}(?:\.[0-9]+)?|p100))?")
 
 
 @final
@@ -118,7 +118,8 @@ class ActivationSpec:
     def __str__(self) -> str:
         if self.is_float:
             return "float"
-        return f"int{self.bits}" + (f":p{self.percentile:g}" if self.percentile < 100 else "")
+        percentile = f"{self.percentile!r}".removesuffix(".0")  # the shortest text that reads back as this number
+        return f"int{self.bits}" + (f":p{percentile}" if self.percentile < 100 else "")
 
     @property
     def is_float(self) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Literal, final
 
 from qopt.errors import UsageError
@@ -33,11 +32,13 @@ class ThreatModel:
 
 
 def parse_eps(text: str) -> float:
-    """Read ``0.1`` or ``8/255``; raises UsageError where it is neither."""
+    """Read ``0.1`` or ``8/255``; raises UsageError where it is neither, negative or not finite."""
+    parts = text.split("/")
     try:
-        return float(Fraction(text.replace(" ", "")))
-    except (ValueError, ZeroDivisionError) as error:
+        value = float(parts[0]) / float(parts[1]) if len(parts) == 2 else float(text)
+    except (ValueError, ZeroDivisionError, OverflowError) as error:
         raise UsageError("eps is not a number", where="--eps", expected="0.1 or 8/255", got=repr(text)) from error
+    return ThreatModel(eps=value).eps
 
 
 def default_threat(channels: int) -> ThreatModel:

@@ -1,5 +1,6 @@
 """The emitter: it edits the prepared ONNX graph and leaves everything it need not touch alone."""
 
 from qopt.emit.editor import emit
+from qopt.emit.integer import integer_layers, integer_parts, runs_on_integers
 
-__all__ = ["emit"]
+__all__ = ["emit", "integer_layers", "integer_parts", "runs_on_integers"]

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
 
-import numpy as np
 import onnx_ir as ir
 
+from qopt.emit.accumulator import IntegerLayer
 from qopt.emit.activations import quantize_values
-from qopt.errors import VerificationError
-from qopt.graph.model import Layer, Prepared, Use
+from qopt.emit.additions import Additions
+from qopt.emit.biases import bias_of, write_bias, write_integer_bias
+from qopt.emit.float_weights import keep_float_weights
+from qopt.emit.integer import integer_parts, runs_on_integers
+from qopt.errors import VerificationError, nearest
+from qopt.graph.model import Layer, Prepared
 from qopt.graph.quantized import Quantized
-from qopt.quant import AffineRange, QuantizedWeight
-from qopt.runtime.patterns import Subgraph, float_weight, has_integer_levels, integer_weight, kernel_scale
-from qopt.runtime.values import constant
+from qopt.runtime.patterns import Subgraph, float_weight, integer_weight
+
+__all__ = ["emit", "runs_on_integers"]
+
+WEIGHT = 1
+"""Every operator that applies a weight reads it as its second input."""
 
 EXPORTER_TRACES = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node", "pkg.onnxscript.rewriter.rule_name")
 
@@ -27,30 +36,35 @@ def emit(
 ) -> ir.Model:
     """A copy of the prepared graph that computes the quantized network.
 
+    Layers of `integer_parts` come in the form that fuses to integer kernels, all others in the one that folds to
+    float. Inputs, outputs, opset and all that need not change stay as they are.
+
     Args:
         prepared: the float graph.
         quantized: what to write into it.
         metadata: properties of the model.
-        layer_metadata: layer name to properties of the nodes that use it, beside ``qopt.format``.
+        layer_metadata: layer name to properties of the nodes that use it, beside ``qopt.layer`` and ``qopt.format``.
 
     Raises:
-        VerificationError: a layer that was quantized does not come out quantized.
+        VerificationError: a name that the graph does not have, or a layer that does not come out quantized.
     """
+    _check_names(prepared, quantized)
     model = prepared.model.clone()
     graph = model.graph
-    nodes = {node.name: node for node in graph}
+    job = _Job(prepared, quantized, Additions(graph), {node.name: node for node in graph})
+    parts = integer_parts(prepared, quantized)
     for layer in prepared.layers:
-        for index, use in enumerate(layer.uses):
-            if (layer.name, index) in quantized.biases:
-                _write_bias(graph, nodes, layer, index, use, quantized)
-        if layer.name in quantized.weights:
-            _write_weight(graph, nodes, layer, quantized)
+        if layer.name in parts:
+            job.write_integer(layer, parts[layer.name])
+        else:
+            job.write_float(layer)
         for use in layer.uses:
-            node = nodes[use.node]
-            node.metadata_props["qopt.layer"] = layer.name
-            node.metadata_props["qopt.format"] = str(quantized.spec(layer.name))
-            node.metadata_props.update((layer_metadata or {}).get(layer.name, {}))
-    quantize_values(graph, quantized.activations)
+            properties = job.nodes[use.node].metadata_props
+            properties["qopt.layer"] = layer.name
+            properties["qopt.format"] = str(quantized.spec(layer.name))
+            properties.update((layer_metadata or {}).get(layer.name, {}))
+    quantize_values(job.additions, quantized.activations)
+    keep_float_weights(job.additions)
     _drop_unused_initializers(graph)
     _drop_exporter_traces(graph)
     model.metadata_props.update(metadata or {})
@@ -58,102 +72,54 @@ def emit(
     return model
 
 
-def runs_on_integers(layer: Layer, quantized: Quantized) -> bool:
-    """Whether every use of the layer has quantized activations and its levels fit an integer kernel."""
-    weight = quantized.weights.get(layer.name)
-    return (
-        weight is not None
-        and has_integer_levels(weight)
-        and all(use.input in quantized.activations for use in layer.uses)
-    )
+@final
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """One emission under way; ``nodes`` are those of the copy, by name."""
+
+    prepared: Prepared
+    quantized: Quantized
+    additions: Additions
+    nodes: Mapping[str | None, ir.Node]
+
+    def write_integer(self, layer: Layer, part: IntegerLayer) -> None:
+        """The weight for integer kernels, and the biases as these kernels round them."""
+        self._replace_weight(layer, integer_weight(layer.name, part.weight, zero_points=part.gemm))
+        for index, use in enumerate(layer.uses):
+            node = self.nodes[use.node]
+            if index not in part.biases:
+                self._write_changed_bias(layer, index)
+            elif layer.op == "Conv":
+                write_bias(self.additions, node, layer, use, part.biases[index].values)
+            else:
+                write_integer_bias(self.additions, node, layer, use, part.biases[index])
+
+    def write_float(self, layer: Layer) -> None:
+        """The weight, where it is quantized, in the form that folds to float, and the biases that change."""
+        if layer.name in self.quantized.weights:
+            self._replace_weight(layer, float_weight(layer.name, self.quantized.weights[layer.name]))
+        for index in range(len(layer.uses)):
+            self._write_changed_bias(layer, index)
+
+    def _write_changed_bias(self, layer: Layer, index: int) -> None:
+        bias = bias_of(self.prepared, layer, index, self.quantized)
+        if bias is not None and (layer.name, index) in self.quantized.biases:
+            use = layer.uses[index]
+            write_bias(self.additions, self.nodes[use.node], layer, use, bias)
+
+    def _replace_weight(self, layer: Layer, packed: tuple[Subgraph, ir.Value]) -> None:
+        subgraph, weight = packed
+        self.additions.place(subgraph, self.nodes[layer.uses[0].node])
+        for use in layer.uses:
+            self.nodes[use.node].replace_input_with(WEIGHT, weight)
 
 
-def _write_weight(graph: ir.Graph, nodes: Mapping[str | None, ir.Node], layer: Layer, quantized: Quantized) -> None:
-    weight = quantized.weights[layer.name]
-    integer = runs_on_integers(layer, quantized)
-    if integer:
-        packed, value = integer_weight(layer.name, weight, zero_points=layer.op == "Gemm")
-    else:
-        packed, value = float_weight(layer.name, weight)
-    _insert(graph, packed, nodes[layer.uses[0].node])
-    for index, use in enumerate(layer.uses):
-        _replace_input(nodes[use.node], layer.initializer, value)
-        if integer and layer.op == "Gemm":
-            _quantize_bias(graph, nodes[use.node], _bias_name(layer, index), weight, quantized.activations[use.input])
-
-
-def _insert(graph: ir.Graph, packed: Subgraph, before: ir.Node) -> None:
-    for name, value in packed.initializers.items():
-        if name not in graph.initializers:
-            graph.initializers[name] = value
-        elif value is not graph.initializers[name]:
-            value.replace_all_uses_with(graph.initializers[name])
-    graph.insert_before(before, packed.nodes)
-
-
-def _replace_input(node: ir.Node, old: str, new: ir.Value) -> None:
-    for position, value in enumerate(node.inputs):
-        if value is not None and value.name == old:
-            node.replace_input_with(position, new)
-
-
-def _write_bias(
-    graph: ir.Graph, nodes: Mapping[str | None, ir.Node], layer: Layer, index: int, use: Use, quantized: Quantized
-) -> None:
-    value = constant(_bias_name(layer, index), quantized.biases[layer.name, index].numpy())
-    graph.initializers[str(value.name)] = value
-    node = nodes[use.node]
-    if use.bias is None:
-        _add_bias(graph, node, layer, value)
-        return
-    holder = node if any(v is not None and v.name == use.bias for v in node.inputs) else _consumer(node, use.bias)
-    _replace_input(holder, use.bias, value)
-
-
-def _add_bias(graph: ir.Graph, node: ir.Node, layer: Layer, bias: ir.Value) -> None:
-    if layer.op == "MatMul":
-        output = node.outputs[0]
-        shape, dtype, name = output.shape, output.type, output.name
-        add = ir.node("Add", [output, bias], name=f"{layer.name}/add_bias")
-        added = add.outputs[0]
-        added.shape, added.type = shape, dtype
-        output.replace_all_uses_with(added, replace_graph_outputs=True)
-        add.replace_input_with(0, output)
-        output.name, added.name = f"{layer.name}/product", name
-        graph.insert_after(node, add)
-        return
-    node.resize_inputs(3)
-    node.replace_input_with(2, bias)
-
-
-def _quantize_bias(graph: ir.Graph, node: ir.Node, name: str, weight: QuantizedWeight, code: AffineRange) -> None:
-    """The bias in int32, in units of the accumulator: without it a Gemm with a float output does not fuse."""
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if bias is None or bias.const_value is None or len(bias.const_value.shape) != 1:
-        return
-    scale = np.asarray(kernel_scale(weight) * np.float32(code.scale), np.float32)
-    codes = np.rint(bias.const_value.numpy().astype(np.float64) / scale)
-    limits = np.iinfo(np.int32)
-    inputs = [constant(f"{name}/codes", codes.clip(limits.min, limits.max).astype(np.int32))]
-    inputs.append(constant(f"{name}/scale", scale))
-    for value in inputs:
-        graph.initializers[str(value.name)] = value
-    axis = {"axis": 0} if scale.ndim else {}
-    dequantize = ir.node("DequantizeLinear", inputs, attributes=axis, name=f"{name}/dequantized")
-    dequantize.outputs[0].name = dequantize.name
-    graph.insert_before(node, dequantize)
-    node.replace_input_with(2, dequantize.outputs[0])
-
-
-def _consumer(node: ir.Node, bias: str) -> ir.Node:
-    for user in node.outputs[0].consumers():
-        if any(value is not None and value.name == bias for value in user.inputs):
-            return user
-    raise VerificationError("the bias of a layer is not where it was found", where=node.name, got=bias)
-
-
-def _bias_name(layer: Layer, index: int) -> str:
-    return f"{layer.name}/bias" + (f"_{index}" if index else "")
+def _check_names(prepared: Prepared, quantized: Quantized) -> None:
+    uses = {layer.name: len(layer.uses) for layer in prepared.layers}
+    wrong = [name for name in quantized.weights if name not in uses]
+    wrong += [name for name, index in quantized.biases if not 0 <= index < uses.get(name, 0)]
+    if wrong:
+        raise VerificationError("the model has no such layer or use", where=wrong[0], fix=nearest(wrong[0], uses))
 
 
 def _drop_unused_initializers(graph: ir.Graph) -> None:
@@ -170,10 +136,16 @@ def _drop_exporter_traces(graph: ir.Graph) -> None:
 
 
 def _check_every_layer(model: ir.Model, prepared: Prepared, quantized: Quantized) -> None:
+    nodes = {node.name: node for node in model.graph}
     left = [
         layer.name
         for layer in prepared.layers
-        if layer.name in quantized.weights and layer.initializer in model.graph.initializers
+        if layer.name in quantized.weights and not all(_reads_codes(nodes.get(use.node)) for use in layer.uses)
     ]
     if left:
         raise VerificationError("layers that the plan quantizes are still float in the file", where=", ".join(left))
+
+
+def _reads_codes(node: ir.Node | None) -> bool:
+    weight = node.inputs[WEIGHT] if node is not None else None
+    return weight is not None and weight.producer() is not None

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import sys
-import traceback
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Mapping
 from typing import Any, Final, final
 
 import torch
 from torch import nn
 
 from qopt.errors import CorruptModelError, UsageError, nearest
+from qopt.factories import call
 
 OPTION: Final = "--model"
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
@@ -41,18 +36,24 @@ def build(factory: str) -> Built:
         UsageError: no such module or name, not callable, it raised, or it returned neither a module nor a tuple
             ``(module, example_inputs)``.
     """
-    module_name, colon, name = factory.partition(":")
-    if not colon or not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
-        raise UsageError("not a factory", where=OPTION, expected="package.module:name", got=repr(factory))
-    with importable_here(), contextlib.redirect_stdout(sys.stderr):
-        module = _import(module_name, factory)
-        function = getattr(module, name, None)
-        if function is None:
-            known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-            raise UsageError(f"module {module_name} has no {name!r}", where=OPTION, fix=nearest(name, known))
-        if not callable(function):
-            raise UsageError("the factory is not callable", where=factory, got=type(function).__name__)
-        return _call(function, factory)
+    result = call(factory, OPTION)
+    example: object = None
+    if isinstance(result, tuple) and len(result) == 2:
+        result, example = result
+    if not isinstance(result, nn.Module):
+        raise UsageError(
+            "the factory returned no model", where=f"{OPTION} {factory}",
+            expected="an nn.Module or (nn.Module, example_inputs)", got=type(result).__name__,
+        )  # fmt: skip
+    if example is None:
+        return Built(result, None)
+    inputs = example if isinstance(example, tuple) else (example,)
+    if not all(isinstance(item, torch.Tensor) for item in inputs) or not inputs:
+        raise UsageError(
+            "the factory's example inputs are no tensors", where=f"{OPTION} {factory}",
+            expected="a tensor or a tuple of tensors", got=str([type(item).__name__ for item in inputs]),
+        )  # fmt: skip
+    return Built(result, inputs)
 
 
 def fill(built: Built, state: Mapping[str, torch.Tensor], where: str) -> list[str]:
@@ -104,65 +105,6 @@ def unwrap(checkpoint: object, where: str) -> dict[str, torch.Tensor]:
         expected="names to tensors, or such a mapping under " + ", ".join(_WRAPPERS),
         got=f"a {type(checkpoint).__name__}" + (f" with the keys {keys}" if keys else ""),
     )  # fmt: skip
-
-
-@contextlib.contextmanager
-def importable_here() -> Iterator[None]:
-    """Let imports see the current directory, as ``python -m`` does, for the duration of the block."""
-    here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
-        sys.path.insert(0, here)
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        if added and here in sys.path:
-            sys.path.remove(here)
-
-
-def _import(module_name: str, factory: str) -> ModuleType:
-    try:
-        return importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise _raised("the factory's module cannot be imported", factory, error) from error
-        beside = [path.stem for path in Path.cwd().glob("*.py")]
-        hint = nearest(module_name, beside) if beside else "run qopt from the folder that holds it, or install it"
-        raise UsageError(f"there is no module {error.name!r}", where=f"{OPTION} {factory}", fix=hint) from error
-    except (Exception, SystemExit) as error:  # the user's module may do anything when it is imported
-        raise _raised("the factory's module cannot be imported", factory, error) from error
-
-
-def _call(function: Any, factory: str) -> Built:
-    try:
-        result = function()
-    except (Exception, SystemExit) as error:  # the user's code
-        raise _raised("the factory raised", factory, error) from error
-    example: object = None
-    if isinstance(result, tuple) and len(result) == 2:
-        result, example = result
-    if not isinstance(result, nn.Module):
-        raise UsageError(
-            "the factory returned no model", where=factory,
-            expected="an nn.Module or (nn.Module, example_inputs)", got=type(result).__name__,
-        )  # fmt: skip
-    if example is None:
-        return Built(result, None)
-    inputs = example if isinstance(example, tuple) else (example,)
-    if not all(isinstance(item, torch.Tensor) for item in inputs) or not inputs:
-        raise UsageError(
-            "the factory's example inputs are no tensors", where=factory, expected="a tensor or a tuple of tensors",
-            got=str([type(item).__name__ for item in inputs]),
-        )  # fmt: skip
-    return Built(result, inputs)
-
-
-def _raised(what: str, factory: str, error: BaseException) -> UsageError:
-    frames = traceback.extract_tb(error.__traceback__)
-    line = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if len(frames) > 1 else ""
-    text = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
-    return UsageError(what, where=f"{OPTION} {factory}", got=f"{type(error).__name__}: {text}{line}")
 
 
 def _is_entry(key: object, value: object) -> bool:

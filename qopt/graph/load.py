@@ -17,11 +17,13 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from qopt.errors import CorruptModelError, UnsafeModelError, UnsupportedModelError, UsageError
+from qopt.factories import importable_here
 from qopt.graph import factory as factories
 from qopt.graph.audit import audit_archive
 from qopt.graph.formats import Format, identify, unsafe_globals
 from qopt.graph.load_onnx import load_onnx
-from qopt.graph.to_onnx import NOTES, check_input_shape, module_to_onnx, program_to_onnx, quiet
+from qopt.graph.model import NOTES
+from qopt.graph.to_onnx import check_input_shape, module_to_onnx, program_to_onnx, quiet
 
 _SAFE_WAYS = (
     "save it with torch.export.save, or save its state_dict() and pass --model package.module:factory, "
@@ -155,7 +157,7 @@ def _load_legacy_weights(path: Path) -> object:
 def _unpickle(path: Path) -> Any:
     """Load a pickle with everything it does; the user has said --trust."""
     try:
-        with factories.importable_here(), quiet():
+        with importable_here(), quiet():
             return torch.load(io.BytesIO(_read(path)), weights_only=False, map_location="cpu")
     except (ImportError, AttributeError) as error:
         raise UsageError(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Final, Literal, final
 
 import numpy as np
 import onnx_ir as ir
 
 from qopt.errors import UsageError, nearest
+
+NOTES: Final = "qopt.notes"
+"""The key in a loaded model's ``meta`` under which a list of notes for the report travels to `prepare`."""
 
 WeightedOp = Literal["Conv", "ConvTranspose", "Gemm", "MatMul"]
 

@@ -19,7 +19,7 @@ from qopt.graph.digest import digest
 from qopt.graph.facts import find_layers, left_in_float
 from qopt.graph.fold_batchnorm import fold_batchnorm
 from qopt.graph.fold_constants import fold_constants, lift_constants
-from qopt.graph.model import Prepared
+from qopt.graph.model import NOTES, Prepared
 from qopt.graph.names import name_everything
 from qopt.graph.opset import convert_opset
 from qopt.graph.shapes import infer_shapes, set_batch
@@ -49,7 +49,7 @@ def prepare(model: ir.Model) -> Prepared:
             got=f"relative difference {differs:.1e}", fix="export it with opset 21",
         )  # fmt: skip
     candidate = _settle(converted, expected)
-    return _finish(candidate, (*notes, *note, *candidate.notes))
+    return _finish(candidate, (*model.meta.get(NOTES, ()), *notes, *note, *candidate.notes))
 
 
 @final

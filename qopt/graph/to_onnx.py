@@ -21,10 +21,9 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from qopt.errors import UnsupportedModelError, UsageError
+from qopt.graph.model import NOTES
 
 OPSET: Final = 21
-NOTES: Final = "qopt.notes"
-"""Key of ``ir.Model.meta`` with a list of str: what was done to the user's model on the way in, for the report."""
 
 NAME_SCOPES: Final = "pkg.torch.onnx.name_scopes"
 """The one metadata key that nodes keep: the list of module paths from the root to the node."""

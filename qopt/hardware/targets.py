@@ -42,13 +42,14 @@ def _formats(*texts: str) -> tuple[WeightSpec, ...]:
 
 
 _INT8 = ActivationSpec(8)
+_MIXED = _formats("int2", "log2", "int4", "int4:max", "log4", "log4:max", "int8")
 TARGETS = {
     target.name: target
     for target in (
         Target("int8", _formats("int8"), _INT8, (Limit("bits", 8.0),)),
-        Target("int4", _formats("int2", "log2", "int4", "int4:max", "log4", "log4:max", "int8"), _INT8, (Limit("bits", 4.0),)),
+        Target("int4", _MIXED, _INT8, (Limit("bits", 4.0),)),
         Target("int4-uniform", _formats("int4"), _INT8, (Limit("bits", 4.0),)),
-        Target("int2", _formats("int2", "log2", "int4", "int4:max", "log4", "log4:max", "int8"), _INT8, (Limit("bits", 2.0),)),
+        Target("int2", _MIXED, _INT8, (Limit("bits", 2.0),)),
     )
 }
 
@@ -64,7 +65,7 @@ def parse_target(text: str) -> Target:
     if not weights:
         raise UsageError("the targets have no weight format in common", where="--target", got=text)
     return Target(
-        text,
+        ",".join(names),
         weights,
         min((part.activations for part in parts), key=lambda spec: spec.bits),
         tuple(dict.fromkeys(limit for part in parts for limit in part.limits)),

@@ -10,8 +10,7 @@ import onnx
 import torch
 
 from qopt import __version__
-from qopt.emit import emit
-from qopt.emit.editor import runs_on_integers
+from qopt.emit import emit, integer_layers
 from qopt.errors import VerificationError
 from qopt.graph.model import Prepared
 from qopt.job.run import Run
@@ -68,8 +67,8 @@ def build_artefact(run: Run, applied: Applied, layer_metadata: Mapping[str, Mapp
 
 def _kind(prepared: Prepared, applied: Applied) -> str:
     """Whether integer kernels run the network, or weights are only stored in few bits."""
-    layers = [layer for layer in prepared.layers if layer.name in applied.quantized.weights]
-    return "integer" if layers and all(runs_on_integers(layer, applied.quantized) for layer in layers) else "simulated"
+    quantized = set(applied.quantized.weights)
+    return "integer" if quantized and quantized <= integer_layers(prepared, applied.quantized) else "simulated"
 
 
 def _classifier(run: Run, data: bytes) -> ArtefactClassifier:

@@ -31,12 +31,15 @@ class Choice:
 
 
 def choose(run: Run) -> Choice:
-    """Search and select.
+    """Search and select, or apply the plan that the user gave.
 
     Raises:
         InfeasibleError: no plan keeps the limits.
         UsageError: an unknown strategy, or a limit that nothing prices.
+        PlanError: the user's plan does not fit the network.
     """
+    if run.plan is not None:
+        return _apply_given(run, run.plan)
     strategy: Strategy = load("qopt.searches", run.options.search, "--search")()
     formats = strategy.candidates(run.target.weights)
     space = build_space(run, formats, measured=strategy.uses_sensitivity)
@@ -45,6 +48,19 @@ def choose(run: Run) -> Choice:
     outcome = strategy(filtered.space)
     applied, evaluated = _select(run, outcome)
     return Choice(applied, space, _facts(run, strategy, filtered, outcome, evaluated))
+
+
+def _apply_given(run: Run, plan: Plan) -> Choice:
+    """The user's own plan: nothing is searched, every figure is measured."""
+    specs = plan.weight_specs([layer.name for layer in run.prepared.layers])
+    formats = tuple(dict.fromkeys(spec for spec in specs.values() if not spec.is_float))
+    applied = run.quantizer.apply(plan)
+    space = build_space(run, formats, measured=False)
+    facts = SearchFacts(
+        strategy="none, the plan was given", sensitivity="not used", thresholds="none", factor=1.0, relaxed=[],
+        gap=None, evaluated=[], notes=[],
+    )  # fmt: skip
+    return Choice(applied, space, facts)
 
 
 def resolve_thresholds(options: Options, has_data: bool) -> Thresholds:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from qopt.errors import UsageError
+from qopt.job.run import Run
 from qopt.limits import Gate
-from qopt.report.model import GateRow, Row
+from qopt.report.model import GateRow, Row, SearchFacts
 
 
 def judge(gates: tuple[Gate, ...], row: Row) -> list[GateRow]:
@@ -14,6 +15,14 @@ def judge(gates: tuple[Gate, ...], row: Row) -> list[GateRow]:
         UsageError: a gate on attacks in a run that attacks nothing.
     """
     return [_judge(gate, row) for gate in gates]
+
+
+def threshold_gates(run: Run, facts: SearchFacts) -> list[GateRow]:
+    """Thresholds that the user set are a gate: it fails where they had to be relaxed."""
+    if run.options.thresholds in ("auto", "none") or run.plan is not None:
+        return []
+    found = "met" if facts.factor <= 1 else f"relaxed by {facts.factor:.3g}"
+    return [GateRow(gate=f"thresholds {facts.thresholds}", found=found, holds=facts.factor <= 1)]
 
 
 def _judge(gate: Gate, row: Row) -> GateRow:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, final
 
 import onnx_ir as ir
 import torch
@@ -13,59 +14,75 @@ import torch
 from qopt.cache import Cache
 from qopt.config import Options
 from qopt.data import Data
-from qopt.errors import UsageError
+from qopt.errors import DataError, UnsupportedModelError, UsageError, VerificationError
+from qopt.graph.compare import TOLERANCE, matches_onnxruntime
+from qopt.graph.model import Prepared
 from qopt.graph.prepare import prepare
 from qopt.hardware.targets import Target, parse_target
 from qopt.job.artefact import Artefact, build_artefact, float_artefact
 from qopt.job.bundle import Bundle, environment
 from qopt.job.choose import Choice, choose
-from qopt.job.gates import judge
+from qopt.job.gates import judge, threshold_gates
 from qopt.job.report import build_report, layer_metadata
 from qopt.job.rows import Table
 from qopt.job.run import Progress, Run
 from qopt.measure.network import Normalisation
-from qopt.quantize import Quantizer
+from qopt.plan import Plan
+from qopt.quantize import Quantizer, whole_batches
 from qopt.runtime.latency import measure_latency
-from qopt.runtime.session import to_bytes
 from qopt.spec import ActivationSpec
 from qopt.threat import ThreatModel, default_threat
 
 
-def optimize_model(
-    model: ir.Model, name: str, data: Data | None, options: Options, cache: Cache, progress: Progress, float_bytes: int
-) -> Bundle:
-    """Run the main job on a loaded model.
+@final
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What the job works on.
 
-    Args:
+    Attributes:
         model: as loaded.
         name: for the report.
         data: images, or None.
         options: what was asked.
-        cache: expensive evaluations by content.
-        progress: told each step.
-        float_bytes: size of the user's file; 0 takes the prepared graph's.
+        plan: a plan to apply instead of searching, or None.
+        source: facts about the user's file for the manifest: ``file``, ``sha256``, ``bytes``; empty for a module.
+        command: how to run it again.
+    """
+
+    model: ir.Model
+    name: str
+    data: Data | None
+    options: Options
+    plan: Plan | None = None
+    source: Mapping[str, Any] = field(default_factory=dict)
+    command: str = ""
+
+
+def optimize_model(task: Task, cache: Cache, progress: Progress) -> Bundle:
+    """Run the main job; ``cache`` keeps expensive evaluations by content, ``progress`` is told each step.
 
     Raises:
         QoptError: as its steps do; nothing is written here.
     """
     clock = Clock(progress)
-    run = start(model, name, data, options, cache, clock)
+    run = start(task, cache, clock)
     choice = choose(run)
     clock("emit and check the file")
     artefact = build_artefact(run, choice.applied, layer_metadata(choice))
     reference = float_artefact(run)
     table = _measure(run, choice, artefact, reference)
     row = next((r for r in table.rows if r.name == OURS), None) if table else None
-    gates = [] if row is None else judge(options.active_gates, row)
-    report = build_report(run, choice, artefact, table, gates, float_bytes or len(reference.data))
+    gates = threshold_gates(run, choice.facts)
+    gates += [] if row is None else judge(task.options.active_gates, row)
+    float_bytes = task.source.get("bytes") or len(reference.data)
+    report = build_report(run, choice, artefact, table, gates, float_bytes, task.command)
     clock("latency")
-    latency = {
-        str(batch): _latency(run, reference, artefact, batch) for batch in ((1,) if run.prepared.batch is None else ())
-    }
+    latency = {"1": _latency(run, reference, artefact)} if run.prepared.batch is None else {}
     clock("")
     manifest = {
-        **environment(), "seed": options.seed, "options": options.as_dict(), "seconds": clock.seconds,
-        "latency_seconds": latency, "cache_hits": sorted(set(cache.hits)), "threads": torch.get_num_threads(),
+        **environment(), "source": dict(task.source), "seed": task.options.seed, "options": task.options.as_dict(),
+        "seconds": clock.seconds, "passes": choice.applied.seconds, "latency_seconds": latency,
+        "cache_hits": sorted(set(cache.hits)), "threads": torch.get_num_threads(),
     }  # fmt: skip
     journal = "".join(json.dumps(plan.model_dump()) + "\n" for plan in choice.facts.evaluated)
     return Bundle(artefact.data, choice.applied.plan, report, manifest, journal)
@@ -92,29 +109,55 @@ class Clock:
             self.progress(step)
 
 
-def start(model: ir.Model, name: str, data: Data | None, options: Options, cache: Cache, progress: Progress) -> Run:
-    """Check the options against model and data, prepare the graph and its twin."""
+def start(task: Task, cache: Cache, progress: Progress) -> Run:
+    """Check the options against model and data, prepare the graph and its twin.
+
+    Raises:
+        VerificationError: the twin computes something else than ONNX Runtime does.
+    """
+    data, options = task.data, task.options
     target = _target(options)
     progress("prepare the model")
-    prepared = prepare(model)
+    prepared = prepare(task.model)
     if not prepared.layers:
-        raise UsageError("the model has no layer that can be quantized", where=name)
-    threat = _threat(options, prepared.input_shape[0])
-    if data is None and options.gates:
-        raise UsageError("gates need images to be measured on", where="--gate", fix="give --data")
+        raise UnsupportedModelError("the model has no layer that can be quantized", where=task.name)
+    if data is None:
+        _check_needs_no_data(options)
     shaped = None if data is None else data.shaped(prepared.input_shape)
     normalisation = Normalisation(options.mean, options.std)
     calibration = None
     if shaped is not None:
         _check_labels(shaped, prepared.classes)
         images = torch.from_numpy(shaped.calibrate.first(options.calibration_images).images)
-        calibration = _whole_batches(normalisation(images), prepared.batch)
+        calibration = whole_batches(normalisation(images), prepared.batch)
+    quantizer = Quantizer(prepared, calibration)
+    _check_twin(prepared, quantizer)
     run = Run(
-        name, prepared, Quantizer(prepared, calibration), shaped, options, target, threat, cache, progress
-    )  # fmt: skip
+        task.name, prepared, quantizer, shaped, options, target, _threat(options, prepared), cache, progress, task.plan
+    )
     if data is None and options.robust:
         run.left_out.append("adversarial sensitivities, attacks and gates: they need --data")
     return run
+
+
+def _check_needs_no_data(options: Options) -> None:
+    needs = {
+        "--gate": ("gates are measured on images", bool(options.gates)),
+        "--thresholds": ("weighted thresholds weigh by the inputs of layers", options.thresholds == "weighted"),
+        "--bias-correction": ("bias correction needs images", options.bias_correction == "on"),
+    }
+    for option, (what, asked) in needs.items():
+        if asked:
+            raise UsageError(what, where=option, fix="give --data")
+
+
+def _check_twin(prepared: Prepared, quantizer: Quantizer) -> None:
+    differs = matches_onnxruntime(prepared, quantizer.float_graph)
+    if differs > TOLERANCE:
+        raise VerificationError(
+            "the twin computes something else than ONNX Runtime", expected=f"at most {TOLERANCE:g}",
+            got=f"relative difference {differs:.2g}",
+        )  # fmt: skip
 
 
 def _target(options: Options) -> Target:
@@ -124,23 +167,17 @@ def _target(options: Options) -> Target:
     return replace(target, limits=limits, activations=activations)
 
 
-def _threat(options: Options, channels: int) -> ThreatModel:
-    if options.eps is None:
-        return ThreatModel(options.norm, default_threat(channels).eps)
-    return ThreatModel(options.norm, options.eps)
+def _threat(options: Options, prepared: Prepared) -> ThreatModel:
+    """The declared threat model; images that are no stack of channels count as grey."""
+    channels = prepared.input_shape[0] if len(prepared.input_shape) == 3 else 1
+    return ThreatModel(options.norm, default_threat(channels).eps if options.eps is None else options.eps)
 
 
 def _check_labels(data: Data, classes: int) -> None:
-    from qopt.errors import DataError
-
     for part in (data.calibrate, data.select, data.report):
         if part.labels.min() < 0 or part.labels.max() >= classes:
             got = f"{part.labels.min()} to {part.labels.max()}"
             raise DataError("labels out of range", where="--data", expected=f"0 to {classes - 1}", got=got)
-
-
-def _whole_batches(images: torch.Tensor, batch: int | None) -> torch.Tensor:
-    return images if batch is None else images[: max(len(images) // batch, 1) * batch]
 
 
 def _measure(run: Run, choice: Choice, artefact: Artefact, reference: Artefact) -> Table | None:
@@ -154,6 +191,6 @@ def _measure(run: Run, choice: Choice, artefact: Artefact, reference: Artefact) 
     return table
 
 
-def _latency(run: Run, reference: Artefact, artefact: Artefact, batch: int) -> dict[str, float]:
-    models = {"float": to_bytes(run.prepared.model), OURS: artefact.data}
-    return {k: round(v, 9) for k, v in measure_latency(models, run.prepared.input_shape, batch=batch).items()}
+def _latency(run: Run, reference: Artefact, artefact: Artefact) -> dict[str, float]:
+    models = {"float": reference.data, OURS: artefact.data}
+    return {name: round(seconds, 9) for name, seconds in measure_latency(models, run.prepared.input_shape).items()}

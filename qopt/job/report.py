@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qopt.emit.editor import runs_on_integers
+from qopt.emit import integer_layers
 from qopt.graph.model import Layer
 from qopt.job.artefact import Artefact
 from qopt.job.choose import Choice
@@ -40,11 +40,18 @@ def layer_metadata(choice: Choice) -> dict[str, dict[str, str]]:
 
 
 def build_report(
-    run: Run, choice: Choice, artefact: Artefact, table: Table | None, gates: list[GateRow], float_bytes: int
+    run: Run,
+    choice: Choice,
+    artefact: Artefact,
+    table: Table | None,
+    gates: list[GateRow],
+    float_bytes: int,
+    command: str,
 ) -> Report:
     """Everything but times."""
     rows = table.rows if table else []
     ours = next((row for row in rows if row.name == "qopt"), None)
+    integers = integer_layers(run.prepared, choice.applied.quantized)
     stored = list(choice.applied.quantized.stored(run.prepared))
     size = SizeFacts(
         float_bytes=float_bytes, file_bytes=len(artefact.data), ratio=len(artefact.data) / float_bytes,
@@ -54,13 +61,13 @@ def build_report(
         verdict=_verdict(run, size, ours, gates),
         robust_accuracy=ours.robust.value if ours and ours.robust else None,
         target=run.target.expansion,
-        command=_command(run),
+        command=command,
         seed=run.options.seed,
         threat=str(run.threat) if run.options.robust else None,
         model=_model_facts(run),
         data=_data_facts(run),
         search=choice.facts,
-        layers=[_layer_row(run, choice, layer) for layer in run.prepared.layers],
+        layers=[_layer_row(run, choice, layer, layer.name in integers) for layer in run.prepared.layers],
         activations=_activation_rows(choice),
         size=size,
         kernels=artefact.kernels,
@@ -97,7 +104,7 @@ def _data_facts(run: Run) -> DataFacts | None:
     )  # fmt: skip
 
 
-def _layer_row(run: Run, choice: Choice, layer: Layer) -> LayerRow:
+def _layer_row(run: Run, choice: Choice, layer: Layer, integer: bool) -> LayerRow:
     quantized = choice.applied.quantized
     spec = quantized.spec(layer.name)
     space = next(space for space in choice.space.layers if space.layer == layer.name)
@@ -107,7 +114,7 @@ def _layer_row(run: Run, choice: Choice, layer: Layer) -> LayerRow:
         container_bits=spec.container_bits, norm_w=space.norm.value,
         norm_wq=(chosen.norm if chosen else space.norm).value, norm_dw=chosen.error.value if chosen else 0.0,
         row_norm_w=space.row_norm.value, row_norm_dw=chosen.row_error.value if chosen else 0.0, macs=layer.macs,
-        integer=runs_on_integers(layer, quantized), reason=choice.applied.plan.reasons.get(layer.name, ""),
+        integer=integer, reason=choice.applied.plan.reasons.get(layer.name, ""),
     )  # fmt: skip
 
 
@@ -132,11 +139,12 @@ def _warnings(run: Run, choice: Choice, artefact: Artefact, size: SizeFacts) -> 
     if kernels.agreement is not None and kernels.agreement < AGREEMENT:
         share = f"{100 * kernels.agreement:.2f} %"
         warnings.append(f"file and quantized graph agree on {share} of images only: the attacks see another network")
-    expected = [layer for layer in run.prepared.layers if runs_on_integers(layer, choice.applied.quantized)]
-    if kernels.integer < len(expected):
+    integers = integer_layers(run.prepared, choice.applied.quantized)
+    expected = sum(len(layer.uses) for layer in run.prepared.layers if layer.name in integers)
+    if kernels.integer < expected:
         warnings.append(
-            f"{len(expected)} layers are quantized on both sides, but ONNX Runtime fuses only {kernels.integer} of "
-            "them to integer kernels on this machine"
+            f"{expected} convolutions and matrix products are quantized on both sides, but ONNX Runtime fuses only "
+            f"{kernels.integer} of them to integer kernels on this machine"
         )
     if size.ratio >= 1:
         warnings.append("the file is not smaller than the float one")
@@ -157,14 +165,3 @@ def _verdict(run: Run, size: SizeFacts, ours: Row | None, gates: list[GateRow]) 
     if not gates:
         return f"{text}."
     return f"{text}; " + (f"gates fail: {', '.join(failed)}." if failed else "every gate holds.")
-
-
-def _command(run: Run) -> str:
-    o = run.options
-    words = ["qopt optimize", run.name, "--target", o.target]
-    words += ["--robust"] if o.robust else []
-    words += ["--data ..."] if run.data else []
-    words += [f"--norm {run.threat.norm} --eps {run.threat.eps:g}"] if o.robust else []
-    words += [f"--search {o.search}"] if o.search != "greedy" else []
-    words += [f'--limit "{limit}"' for limit in o.limits]
-    return " ".join([*words, f"--seed {o.seed}"])

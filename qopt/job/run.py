@@ -19,6 +19,7 @@ from qopt.graph.model import Prepared
 from qopt.hardware.targets import Target
 from qopt.measure.network import Normalisation, TwinClassifier
 from qopt.measure.robustness import BATCH
+from qopt.plan import Plan
 from qopt.quantize import Quantizer
 from qopt.seeds import derive
 from qopt.threat import ThreatModel
@@ -44,6 +45,7 @@ class Run:
         threat: the declared threat model.
         cache: expensive evaluations by content.
         progress: told the name of each step.
+        plan: a plan to apply instead of searching, or None.
         left_out: steps that could not be done, and why; filled on the way.
         warnings: what the user must know; filled on the way.
     """
@@ -57,8 +59,10 @@ class Run:
     threat: ThreatModel
     cache: Cache
     progress: Progress
+    plan: Plan | None = None
     left_out: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    _adversarial: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def normalisation(self) -> Normalisation:
@@ -80,6 +84,11 @@ class Run:
 
     def adversarial(self, part: str, split: Split) -> Tensor:
         """Examples that PGD makes on the float network from the first images of a part, all steps taken; cached."""
+        if part not in self._adversarial:
+            self._adversarial[part] = self._attacked(part, split)
+        return self._adversarial[part]
+
+    def _attacked(self, part: str, split: Split) -> Tensor:
         few = split.first(self.options.probe_images)
         seed = self.seed("probe", part)
         key = {

@@ -18,6 +18,7 @@ from qopt.measure.norms import candidate_norms, layer_norms, weighted_error
 from qopt.passes.base import Pipeline
 from qopt.passes.observe_moments import ObserveMoments
 from qopt.plugins import load
+from qopt.quantize import whole_batches
 from qopt.search.space import Candidate, LayerSpace, Space
 from qopt.spec import WeightSpec
 
@@ -119,10 +120,6 @@ def _moment_roots(run: Run) -> dict[str, Tensor]:
     clean, adversarial = probe_images(run, "calibrate")
     parts = [clean[:MOMENT_IMAGES]] + ([] if adversarial is None else [adversarial[:MOMENT_IMAGES]])
     images = run.normalisation(torch.cat(parts))
-    observe = ObserveMoments(_whole_batches(images, run.prepared.batch), run.prepared.batch or 32)
+    observe = ObserveMoments(whole_batches(images, run.prepared.batch), run.prepared.batch or 32)
     Pipeline((observe,), run.quantizer.sample)(run.quantizer.float_graph)
     return {layer: moment_root(moment) for layer, moment in observe.moments.items()}
-
-
-def _whole_batches(images: Tensor, batch: int | None) -> Tensor:
-    return images if batch is None else images[: max(len(images) // batch, 1) * batch]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import final
 
 import numpy as np
@@ -18,7 +19,12 @@ from qopt.runtime.session import Runner
 @final
 @dataclass(frozen=True)
 class Normalisation:
-    """``(x - mean) / std`` per channel, for networks whose normalisation lies outside; empty means none."""
+    """``(x - mean) / std`` per channel, for networks whose normalisation lies outside; empty means none.
+
+    Raises:
+        UsageError: as many means as standard deviations are needed, all finite, the latter positive; and when called,
+            one of each per channel of the images.
+    """
 
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
@@ -29,8 +35,10 @@ class Normalisation:
                 "mean and std need the same number of channels", where="--mean/--std",
                 got=f"{len(self.mean)} and {len(self.std)}",
             )  # fmt: skip
-        if any(not s > 0 for s in self.std):
-            raise UsageError("std must be positive", where="--std", got=str(self.std))
+        if not all(isfinite(m) for m in self.mean):
+            raise UsageError("mean must be finite", where="--mean", got=str(self.mean))
+        if not all(isfinite(s) and s > 0 for s in self.std):
+            raise UsageError("std must be positive and finite", where="--std", got=str(self.std))
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images (n, c, ...) in [0, 1] as the network takes them."""
@@ -57,16 +65,12 @@ class TwinClassifier:
     def __call__(self, images: Tensor) -> Tensor:
         """Images (n, ...) float32 in [0, 1] to logits (n, classes); gradients flow."""
         inputs = self.normalisation(images)
-        if self.batch is None:
-            logits: Tensor = self.graph(inputs)
-            return logits
-        return torch.cat([self._fixed(inputs[i : i + self.batch]) for i in range(0, len(inputs), self.batch)])
+        size = self.batch or len(inputs)
+        return torch.cat([self._logits(chunk, size - len(chunk)) for chunk in torch.split(inputs, size)])
 
-    def _fixed(self, chunk: Tensor) -> Tensor:
-        assert self.batch is not None
-        missing = self.batch - len(chunk)
-        padded = torch.cat([chunk, chunk[-1:].expand(missing, *chunk.shape[1:])]) if missing else chunk
-        logits: Tensor = self.graph(padded)
+    def _logits(self, chunk: Tensor, missing: int) -> Tensor:
+        padding = chunk[-1:].expand(missing, *chunk.shape[1:])
+        logits: Tensor = self.graph(torch.cat([chunk, padding]) if missing else chunk)
         return logits[: len(chunk)]
 
 

@@ -45,8 +45,8 @@ def weighted_error(
         return None
     weight = quantizer.weight(layer).double()
     error = weight - quantizer.quantized_weight(layer, spec).dequantize().double()
-    place = {"axis": layer.channel_axis, "groups": layer.groups, "where": layer.name}
-    return ratio(weighted_l2(error, root, **place), weighted_l2(weight, root, **place))  # type: ignore[arg-type]
+    axis, groups, name = layer.channel_axis, layer.groups, layer.name
+    return ratio(*(weighted_l2(matrix, root, axis, groups, where=name) for matrix in (error, weight)))
 
 
 def _pair(layer: Layer, weight: Tensor) -> tuple[NormBound, NormBound]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from qopt.attacks import (
     FGSM,
     PGD,
+    Classifier,
     Finding,
     accuracy_vector,
     dead_gradients,
@@ -96,22 +97,43 @@ def attack_artefact(
     return Scores(accuracy_vector(artefact, setting.images, setting.labels), attacked)
 
 
-def white_box(attack: Attack, twin: TwinClassifier, artefact: ArtefactClassifier, setting: Setting) -> Tensor:
+def white_box(attack: Attack, twin: Classifier, artefact: Classifier, setting: Setting) -> Tensor:
     """Bool (n,): which images the file still gets right when attacked through its twin.
 
-    Twin and file differ by rounding, so an example that stops just across the twin's boundary may not fool the file:
-    those images are attacked again with all steps taken.
+    Twin and file differ by rounding, which opens two holes that would flatter the file: an example that stops just
+    across the twin's boundary need not fool the file, and an image that the twin alone gets wrong would not be attacked
+    at all. Such images are attacked again with all steps taken: first for the last example that fools the twin, then
+    for the one at which the steps end.
     """
-    images, labels = setting.images, setting.labels
-    result = attack(twin, images, labels, setting.threat, seed=setting.seed)
+    images, labels, threat, seed = setting.images, setting.labels, setting.threat, setting.seed
+    result = attack(twin, images, labels, threat, seed=seed)
     correct = accuracy_vector(artefact, result.adversarial, labels)
-    escaped = torch.nonzero(correct & result.fooled).flatten()
-    if len(escaped) and isinstance(attack, PGD):
-        deeper = replace(attack, compact=False)(
-            twin, images[escaped], labels[escaped], setting.threat, seed=setting.seed, indices=escaped
-        )
-        correct[escaped] &= accuracy_vector(artefact, deeper.adversarial, labels[escaped])
+    if isinstance(attack, PGD):
+        attack = replace(attack, compact=False)
+        rows = torch.nonzero(correct & result.fooled).flatten()
+        if len(rows):
+            deeper = attack(twin, images[rows], labels[rows], threat, seed=seed, indices=rows)
+            correct[rows] = accuracy_vector(artefact, deeper.adversarial, labels[rows])
+    for label in torch.unique(labels[correct & result.fooled]).tolist():
+        rows = torch.nonzero(correct & result.fooled & (labels == label)).flatten()
+        ended = attack(_Ahead(twin, label), images[rows], labels[rows], threat, seed=seed, indices=rows)
+        correct[rows] = accuracy_vector(artefact, ended.adversarial, labels[rows])
     return correct
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Ahead:
+    """A classifier that always answers ``label``, with unchanged gradients: an attack on it takes all its steps."""
+
+    model: Classifier
+    label: int
+
+    def __call__(self, images: Tensor) -> Tensor:
+        logits = self.model(images).double()
+        lead = torch.zeros_like(logits)
+        lead[:, self.label] = (logits.amax(1) - logits[:, self.label] + 1.0).detach()
+        return logits + lead
 
 
 def masking_findings(twin: TwinClassifier, scores: Scores, setting: Setting) -> list[Finding]:

@@ -15,7 +15,7 @@ from typing import ClassVar, final
 from torch.fx import GraphModule, Node
 
 from qopt.passes.base import Result
-from qopt.passes.nodes import data_inputs, is_layer, op_of
+from qopt.passes.nodes import activation_nodes, is_convolution, is_layer, op_of
 
 ABSORBED = frozenset({"Relu", "Clip"})
 VIEWS = frozenset(
@@ -34,15 +34,13 @@ class Annotate:
     tolerance: ClassVar[float] = 0.0
 
     def __call__(self, graph: GraphModule) -> Result:
-        """Mark the graph; nothing is computed differently."""
-        outputs = _logits(graph)
-        required = [root for node in graph.graph.nodes for root in _required(node)]
-        marked = {root: root for root in required if root not in outputs}
+        """Mark the graph anew; nothing is computed differently."""
+        roots = _Marks(graph).roots
         for node in graph.graph.nodes:
-            _propagate(node, marked, outputs)
-        for node, source in marked.items():
-            node.meta["quantize"] = source.meta["value"]
-        count = len(set(marked.values()))
+            node.meta.pop("quantize", None)
+            if node in roots and "value" in node.meta:  # the tuple that a Split returns is no value
+                node.meta["quantize"] = roots[node].meta["value"]
+        count = len(set(roots.values()))
         return Result(graph, False, (f"{count} activation tensors can be quantized",))
 
 
@@ -58,51 +56,51 @@ def quantizable(graph: GraphModule) -> dict[str, list[str]]:
     return tensors
 
 
-def _required(node: Node) -> Iterator[Node]:
-    if not is_layer(node):
-        return
-    yield _root(data_inputs(node)[0])
-    if op_of(node) in ("Conv", "ConvTranspose"):
-        yield _absorbing(node)
+@final
+class _Marks:
+    """The marked nodes, each with the node whose range it uses."""
 
+    def __init__(self, graph: GraphModule) -> None:
+        self._activations = activation_nodes(graph)
+        (output,) = (n for n in graph.graph.nodes if n.op == "output")
+        self._outputs = set(output.all_input_nodes)
+        self.roots = {root: root for node in graph.graph.nodes for root in self._required(node)}
+        for node in graph.graph.nodes:
+            self._propagate(node)
 
-def _root(node: Node) -> Node:
-    while _is_view(node):
-        node = data_inputs(node)[0]
-    return node
+    def _required(self, node: Node) -> Iterator[Node]:
+        if not is_layer(node):
+            return
+        root = node.args[0]
+        assert isinstance(root, Node)
+        while (source := self._viewed(root)) is not None:
+            root = source
+        yield root
+        if is_convolution(node):
+            yield _absorbing(node)
 
+    def _viewed(self, node: Node) -> Node | None:
+        """What a view looks at, None for a node that is none."""
+        if op_of(node) not in VIEWS or (op_of(node) == "Pad" and node.args[-2:] != ("constant", 0)):
+            return None
+        source = node.args[0]
+        return source if isinstance(source, Node) and source in self._activations else None
 
-def _is_view(node: Node) -> bool:
-    if op_of(node) not in VIEWS or "value" not in node.meta or not data_inputs(node):
-        return False
-    return op_of(node) != "Pad" or node.args[-2:] == ("constant", 0)
+    def _propagate(self, node: Node) -> None:
+        if node in self.roots or node in self._outputs:
+            return
+        source = self._viewed(node)
+        if source is not None and source in self.roots:
+            self.roots[node] = self.roots[source]
+        elif self._joins(node):
+            target = _absorbing(node)
+            if target not in self._outputs:
+                self.roots[target] = target
+
+    def _joins(self, node: Node) -> bool:
+        return op_of(node) in JOINS and all(source in self.roots for source in node.all_input_nodes)
 
 
 def _absorbing(node: Node) -> Node:
     users = list(node.users)
-    if len(users) == 1 and op_of(users[0]) in ABSORBED and "value" in users[0].meta:
-        return users[0]
-    return node
-
-
-def _propagate(node: Node, marked: dict[Node, Node], outputs: set[Node]) -> None:
-    if node in marked or node in outputs:
-        return
-    sources = data_inputs(node)
-    if not sources or any(source not in marked for source in sources):
-        return
-    if _is_view(node):
-        marked[node] = marked[sources[0]]
-    elif op_of(node) in JOINS and not is_layer(node) and len(sources) == len(_operands(node)):
-        target = _absorbing(node)
-        if target not in outputs:
-            marked[target] = target
-
-
-def _operands(node: Node) -> list[Node]:
-    return [n for n in node.all_input_nodes if n.op != "get_attr" or "Pool" not in op_of(node)]
-
-
-def _logits(graph: GraphModule) -> set[Node]:
-    (output,) = (n for n in graph.graph.nodes if n.op == "output")
-    return set(output.all_input_nodes)
+    return users[0] if len(users) == 1 and op_of(users[0]) in ABSORBED else node

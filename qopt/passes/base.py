@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from qopt.errors import VerificationError
+from qopt.errors import ModelError, VerificationError
 
 EXACT = 1e-4
 """Largest relative difference of the logits that float rounding explains, for a pass that must not change them."""
@@ -71,31 +71,43 @@ class Pipeline:
         """Run all passes on ``graph``.
 
         Raises:
+            ModelError: the graph's logits are not finite before any pass has touched it.
             VerificationError: a pass left a broken graph, changed the outputs by more than its tolerance, produced
                 non-finite logits, or said that it changed nothing and did.
         """
+        graph.recompile()
         before = _logits(graph, self.sample)
+        if not before.isfinite().all():
+            raise ModelError("the logits are not finite", where="the network on random images", fix="check its weights")
         for step in self.passes:
-            code = graph.code
+            state = _state(graph)
             began = time.perf_counter()
             result = step(graph)
             self.seconds[step.name] = self.seconds.get(step.name, 0.0) + time.perf_counter() - began
             self.notes.extend(result.notes)
             graph = result.graph
             after = verify(graph, self.sample, before, step)
-            if not result.modified and (graph.code != code or not torch.equal(before, after)):
+            if not result.modified and (_state(graph) != state or not torch.equal(before, after)):
                 raise VerificationError("a pass that reported no change has changed the graph", where=step.name)
             before = after
         return graph
 
 
 def verify(graph: GraphModule, sample: Tensor, before: Tensor, step: Pass) -> Tensor:
-    """The logits of ``graph`` after ``step``, checked against the logits ``before`` it."""
+    """The logits of ``graph`` after ``step``, checked against the logits ``before`` it.
+
+    The code is generated anew first, so that what is verified is the graph that later passes will see.
+
+    Raises:
+        VerificationError: as `Pipeline` says.
+    """
     try:
         graph.graph.lint()
+        graph.recompile()
         after = _logits(graph, sample)
-    except (RuntimeError, TypeError, AttributeError, KeyError) as error:
-        raise VerificationError("a pass left a graph that does not run", where=step.name, got=str(error)) from error
+    except Exception as error:  # a broken graph raises whatever the first bad operator raises
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise VerificationError("a pass left a graph that does not run", where=step.name, got=reason) from error
     if after.shape != before.shape:
         raise VerificationError(
             "a pass changed the shape of the logits", where=step.name, expected=str(tuple(before.shape)),
@@ -113,8 +125,14 @@ def verify(graph: GraphModule, sample: Tensor, before: Tensor, step: Pass) -> Te
 
 
 def relative_change(before: Tensor, after: Tensor) -> float:
-    """``max |after - before| / max(1, max |before|)``."""
+    """``max |after - before| / max(1, max |before|)``: logits below 1 are compared absolutely."""
     return float((after - before).abs().max() / before.abs().max().clamp_min(1.0))
+
+
+def _state(graph: GraphModule) -> tuple[str, list[tuple[str, int, int]]]:
+    """What a pass that changes nothing leaves alone: the code, and which tensors it reads, in which version."""
+    tensors = graph.state_dict(keep_vars=True)
+    return graph.code, [(k, t.data_ptr(), 0 if t.is_inference() else t._version) for k, t in tensors.items()]
 
 
 @torch.no_grad()

@@ -8,9 +8,10 @@ from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from qopt.passes.base import Result
+from qopt.passes.watcher import Watcher
 from qopt.quant import RangeObserver
 
 
@@ -20,7 +21,7 @@ class Calibrate:
     """Run ``images`` through the graph and fill ``observers``; memory is bounded by one batch.
 
     Attributes:
-        images: float32 (n, ...), as the network takes them.
+        images: float32 (n, ...), as the network takes them; whole batches where the graph takes one batch size only.
         batch_size: images per run.
         observers: ONNX value name to what was seen of it, filled by the pass.
     """
@@ -33,11 +34,13 @@ class Calibrate:
     tolerance: ClassVar[float] = 0.0
 
     def __call__(self, graph: GraphModule) -> Result:
-        """Observe; the graph stays as it is."""
-        watcher = _Watcher(graph, self.observers)
+        """Observe; the graph stays as it is.
+
+        Raises:
+            DataError: an activation is NaN or infinite, naming it.
+        """
         with torch.no_grad():
-            for start in range(0, len(self.images), self.batch_size):
-                watcher.run(self.images[start : start + self.batch_size])
+            _Ranges(graph, self.observers).watch(self.images, self.batch_size)
         return Result(graph, False, (f"ranges observed on {len(self.images)} images",))
 
     def bounds(self, percentiles: Mapping[str, float]) -> dict[str, tuple[float, float]]:
@@ -45,7 +48,7 @@ class Calibrate:
         return {name: self.observers[name].bounds(p) for name, p in percentiles.items()}
 
 
-class _Watcher(Interpreter):
+class _Ranges(Watcher):
     def __init__(self, graph: GraphModule, observers: dict[str, RangeObserver]) -> None:
         super().__init__(graph)
         self.observers = observers
@@ -53,5 +56,6 @@ class _Watcher(Interpreter):
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
         if n.meta.get("quantize") is not None and n.meta["quantize"] == n.meta["value"]:
-            self.observers.setdefault(n.meta["value"], RangeObserver()).update(result)
+            name = n.meta["value"]
+            self.observers.setdefault(name, RangeObserver(name)).update(result)
         return result

@@ -11,7 +11,7 @@ from torch.fx.node import Argument
 from torch.nn import functional
 
 from qopt.passes.base import EXACT, Result
-from qopt.passes.nodes import constant_of, is_layer
+from qopt.passes.nodes import constant_of, is_layer, weight_source
 
 
 @final
@@ -19,7 +19,9 @@ from qopt.passes.nodes import constant_of, is_layer
 class CanonicaliseLinear:
     """``matmul(x, W)`` of a layer, with or without ``+ b``, becomes ``linear(x, W.t(), b)``.
 
-    The weight's `get_attr` keeps its stored orientation; later passes find every dense layer under one operator.
+    The weight's `get_attr` keeps its stored orientation; later passes find the bias of every layer, matrix products
+    included, as its third argument. What counts as the bias is what `Use.bias` names: a vector of one value per output
+    channel, added by the only node that reads the product.
     """
 
     name: ClassVar[str] = "canonicalise-linear"
@@ -64,7 +66,8 @@ def _bias_add(graph: GraphModule, node: Node) -> Node | None:
     other = _other(user, node)
     if not isinstance(other, Node) or other.op != "get_attr":
         return None
-    return user if constant_of(graph, other).dim() == 1 else None
+    weight = constant_of(graph, weight_source(node))
+    return user if constant_of(graph, other).shape == weight.shape[1:] else None
 
 
 def _other(add: Node, node: Node) -> Argument:

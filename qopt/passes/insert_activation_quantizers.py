@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from qopt.errors import VerificationError
 from qopt.passes.base import Result
+from qopt.passes.nodes import free_name
 from qopt.quant import ActivationQuantizer, AffineRange, Gradient
 
 
@@ -42,7 +43,7 @@ class InsertActivationQuantizers:
             value = node.meta.get("value")
             if "quantize" not in node.meta or value not in self.ranges:
                 continue
-            module = f"{node.name}_quantizer"
+            module = free_name(graph, f"{node.name}_quantizer")
             graph.add_submodule(module, ActivationQuantizer(self.ranges[value], self.gradient))
             with graph.graph.inserting_after(node):
                 call = graph.graph.call_module(module, (node,))

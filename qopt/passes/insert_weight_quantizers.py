@@ -12,22 +12,17 @@ from torch.fx import GraphModule, Node
 
 from qopt.errors import VerificationError
 from qopt.passes.base import Result
-from qopt.passes.nodes import weight_source
+from qopt.passes.nodes import free_name, weight_source
 from qopt.quant import QuantizedWeight
 
 
 @final
 class WeightQuantizer(nn.Module):
-    """Holds codes and scale; ``forward`` gives the float32 weight that the emitted file computes."""
-
-    codes: Tensor
-    scale: Tensor
+    """Holds the codes; ``forward`` gives the float32 weight that the emitted file computes."""
 
     def __init__(self, weight: QuantizedWeight) -> None:
         super().__init__()
         self.weight = weight
-        self.register_buffer("codes", weight.codes)
-        self.register_buffer("scale", weight.scale)
 
     def forward(self) -> Tensor:
         """The dequantized weight."""
@@ -68,7 +63,7 @@ class InsertWeightQuantizers:
 def _insert(graph: GraphModule, node: Node, layer: str, weight: QuantizedWeight, modules: dict[str, str]) -> None:
     source = weight_source(node)
     if layer not in modules:
-        modules[layer] = f"{source.name}_quantizer"
+        modules[layer] = free_name(graph, f"{source.name}_quantizer")
         graph.add_submodule(modules[layer], WeightQuantizer(weight))
     with graph.graph.inserting_before(source):
         call = graph.graph.call_module(modules[layer])

@@ -7,6 +7,8 @@ from operator import attrgetter
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qopt.graph.names import unique
+
 
 def op_of(node: Node) -> str:
     """The ONNX operator that the node computes, or an empty string."""
@@ -16,6 +18,11 @@ def op_of(node: Node) -> str:
 def is_layer(node: Node) -> bool:
     """Whether the node applies a weight that can be quantized."""
     return "layer" in node.meta
+
+
+def is_convolution(node: Node) -> bool:
+    """Whether output channels are axis 1; in matrix products they are the last axis."""
+    return op_of(node) in ("Conv", "ConvTranspose")
 
 
 def weight_source(node: Node) -> Node:
@@ -34,9 +41,27 @@ def constant_of(graph: GraphModule, node: Node) -> Tensor:
     return tensor
 
 
-def data_inputs(node: Node) -> list[Node]:
-    """The nodes that carry activations into ``node``: its tensor arguments without parameters."""
-    return [source for source in node.all_input_nodes if _carries_activations(source)]
+def activation_nodes(graph: GraphModule) -> set[Node]:
+    """The nodes whose value depends on the image."""
+    found: set[Node] = set()
+    for node in graph.graph.nodes:
+        if node.op == "placeholder" or any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def free_name(graph: GraphModule, wanted: str) -> str:
+    """``wanted``, numbered where the module already has an attribute of that name."""
+    return unique(wanted, lambda name: hasattr(graph, name))
+
+
+def set_bias(graph: GraphModule, node: Node, bias: Tensor) -> None:
+    """Give a weighted call the bias (channels,), in place of the one it has, if any; other calls keep theirs."""
+    name = free_name(graph, f"{node.name}_new_bias")
+    graph.register_buffer(name, bias)
+    with graph.graph.inserting_before(node):
+        constant = graph.graph.get_attr(name)
+    node.update_arg(2, constant)
 
 
 def _origin(argument: object) -> Node:
@@ -44,9 +69,3 @@ def _origin(argument: object) -> Node:
     while argument.op == "call_function" and argument.args and isinstance(argument.args[0], Node):
         argument = argument.args[0]
     return argument
-
-
-def _carries_activations(node: Node) -> bool:
-    if node.op == "placeholder":
-        return True
-    return node.op in ("call_function", "call_module") and any(_carries_activations(n) for n in node.all_input_nodes)

@@ -32,7 +32,7 @@ def share(value: Share | None) -> str:
 
 
 def drop(value: Drop | None) -> str:
-    """``1.2 +- 0.4``: float minus this network in points, with the paired standard error."""
+    """``+1.2 +- 0.4``: float minus this network in points, with the paired standard error."""
     return "-" if value is None else f"{value.value:+.1f} +- {value.standard_error:.1f}"
 
 
@@ -103,7 +103,7 @@ def _layers(report: Report) -> str:
         ]
         for row in report.layers
     ]  # fmt: skip
-    header = ["layer", "op", "shape", "format", "bits", "\\|\\|W\\|\\|", "\\|\\|dW\\|\\|", "MACs", "integer", "why"]
+    header = ["layer", "op", "shape", "format", "bits", "||W||", "||dW||", "MACs", "integer", "why"]
     return _table(header, rows)
 
 
@@ -141,6 +141,10 @@ def _bullets(items: Iterable[str]) -> str:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    lines += ["| " + " | ".join(cell.replace("||", "\\|\\|") for cell in row) + " |" for row in rows]
-    return "\n".join(lines)
+    body = ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
+    return "\n".join(["| " + " | ".join(map(_cell, header)) + " |", "|" + "---|" * len(header), *body])
+
+
+def _cell(text: str) -> str:
+    """One line without a column's end in it, whatever a user's network calls its layers."""
+    return " ".join(text.split()).replace("|", "\\|")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Literal, final
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from qopt.documents import Document, read
+from qopt.errors import UsageError
 
 SCHEMA: Literal[1] = 1
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+"""The version of the file format; a reader refuses any other."""
 
 
 @final
-class ModelFacts(_Strict):
+class ModelFacts(Document):
     """The network that went in."""
 
     name: str
@@ -29,7 +29,7 @@ class ModelFacts(_Strict):
 
 
 @final
-class DataFacts(_Strict):
+class DataFacts(Document):
     """The images that were used, by part."""
 
     digest: str
@@ -41,7 +41,7 @@ class DataFacts(_Strict):
 
 
 @final
-class LayerRow(_Strict):
+class LayerRow(Document):
     """One layer: its format, why, and what it does. Norms are upper ends of sound bounds on the reshaped matrix."""
 
     name: str
@@ -61,7 +61,7 @@ class LayerRow(_Strict):
 
 
 @final
-class ActivationRow(_Strict):
+class ActivationRow(Document):
     """One activation tensor with the codes it got."""
 
     tensor: str
@@ -73,7 +73,7 @@ class ActivationRow(_Strict):
 
 
 @final
-class EvaluatedPlan(_Strict):
+class EvaluatedPlan(Document):
     """One plan that was measured on the select images: mean KL divergence from float, in nats."""
 
     name: str
@@ -86,7 +86,7 @@ class EvaluatedPlan(_Strict):
 
 
 @final
-class SearchFacts(_Strict):
+class SearchFacts(Document):
     """How the plan was found."""
 
     strategy: str
@@ -100,7 +100,7 @@ class SearchFacts(_Strict):
 
 
 @final
-class SizeFacts(_Strict):
+class SizeFacts(Document):
     """Bytes of the files and the two measures of size."""
 
     float_bytes: int
@@ -111,7 +111,7 @@ class SizeFacts(_Strict):
 
 
 @final
-class Share(_Strict):
+class Share(Document):
     """An accuracy in percent with its 95 % Wilson interval, on ``n`` images."""
 
     value: float
@@ -121,7 +121,7 @@ class Share(_Strict):
 
 
 @final
-class Drop(_Strict):
+class Drop(Document):
     """Float minus this network on the same images, in points, with its paired standard error and 95 % interval."""
 
     value: float
@@ -132,7 +132,7 @@ class Drop(_Strict):
 
 
 @final
-class Row(_Strict):
+class Row(Document):
     """One network under attack.
 
     Attributes:
@@ -150,7 +150,7 @@ class Row(_Strict):
     name: str
     code_bits: float
     clean: Share
-    attacked: dict[str, Share] = {}
+    attacked: dict[str, Share] = Field(default_factory=dict)
     robust: Share | None = None
     clean_drop: Drop | None = None
     robust_drop: Drop | None = None
@@ -159,7 +159,7 @@ class Row(_Strict):
 
 
 @final
-class MaskingRow(_Strict):
+class MaskingRow(Document):
     """One masking rule on one network."""
 
     network: str
@@ -169,7 +169,7 @@ class MaskingRow(_Strict):
 
 
 @final
-class GateRow(_Strict):
+class GateRow(Document):
     """One gate: what was demanded, what was found (the upper end of its interval) and whether it holds."""
 
     gate: str
@@ -178,7 +178,7 @@ class GateRow(_Strict):
 
 
 @final
-class KernelFacts(_Strict):
+class KernelFacts(Document):
     """Convolutions and matrix products by the kind of kernel that ONNX Runtime gives them on this machine."""
 
     integer: int
@@ -188,7 +188,7 @@ class KernelFacts(_Strict):
 
 
 @final
-class Report(_Strict):
+class Report(Document):
     """Everything a run found out.
 
     Attributes:
@@ -221,6 +221,11 @@ class Report(_Strict):
     def gates_hold(self) -> bool:
         """Whether every gate holds."""
         return all(gate.holds for gate in self.gates)
+
+    @staticmethod
+    def from_json(text: str, where: str = "report") -> Report:
+        """Parse a report; raises UsageError naming ``where`` and the first thing wrong."""
+        return read(Report, text, where, UsageError)
 
     def to_json(self) -> str:
         """Two-space JSON in the order of the fields, ending in a newline; equal runs give equal bytes."""

@@ -16,7 +16,9 @@ INTEGER = frozenset(
     {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger"}
     | {"DynamicQuantizeMatMul"}
 )
-FLOAT = frozenset({"Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose"})
+FLOAT = frozenset(
+    {"Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulNBits"}
+)
 
 
 @final
@@ -39,11 +41,6 @@ class Kernels:
     def float_(self) -> int:
         """Convolutions and matrix products on float kernels."""
         return sum(n for op, n in self.counts.items() if op in FLOAT)
-
-    @property
-    def float_convolutions(self) -> int:
-        """Convolutions that stayed on float kernels."""
-        return sum(n for op, n in self.counts.items() if op in FLOAT and "Conv" in op)
 
 
 def count_kernels(model: bytes | Path) -> Kernels:

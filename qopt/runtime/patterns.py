@@ -9,6 +9,9 @@ plain float initializer (DequantizeLinear there would stay and cost 1.4-2.5 time
 | 4 bits | INT4 -> Cast(INT8) | UINT4 -> Cast(INT32) -> Gather(int8 table) | |
 | 2 bits | four codes in a byte: UINT8 -> Cast(INT32) -> Gather(256 x 4 int8 table) -> Reshape | the same | |
 | 8 bits | INT8 | | UINT8 -> Cast(INT32) -> Gather(float table) |
+
+What is stored are the codes, the scales and the tables, as `qopt.size` counts them; beside these only the shapes that
+Reshape, Slice and ConstantOfShape take (int64).
 """
 
 from __future__ import annotations
@@ -28,17 +31,32 @@ from qopt.runtime.values import constant
 @final
 @dataclass
 class Subgraph:
-    """Nodes in topological order, the initializers they need by name, and the value that replaces the weight."""
+    """The nodes that compute one weight.
+
+    Attributes:
+        prefix: the layer's name, in front of every name.
+        nodes: in topological order.
+        initializers: the weight's own constants by name.
+        tables: constants by name that every weight of a file shares: the same name always holds the same numbers.
+    """
 
     prefix: str
     nodes: list[ir.Node] = field(default_factory=list)
     initializers: dict[str, ir.Value] = field(default_factory=dict)
+    tables: dict[str, ir.Value] = field(default_factory=dict)
 
-    def constant(self, name: str, array: NDArray[Any]) -> ir.Value:
-        """An initializer; the same name gives the same value, so that tables are shared within a file."""
-        if name not in self.initializers:
-            self.initializers[name] = constant(name, array)
+    def constant(self, label: str, array: NDArray[Any]) -> ir.Value:
+        """A new initializer ``prefix/label``."""
+        name = f"{self.prefix}/{label}"
+        self.initializers[name] = constant(name, array)
         return self.initializers[name]
+
+    def table(self, label: str, array: NDArray[Any]) -> ir.Value:
+        """The shared initializer ``qopt/label``."""
+        name = f"qopt/{label}"
+        if name not in self.tables:
+            self.tables[name] = constant(name, array)
+        return self.tables[name]
 
     def node(self, op: str, inputs: list[ir.Value], label: str, **attributes: Any) -> ir.Value:
         """Append a node named ``prefix/label`` and return its only output; its type is left to inference."""
@@ -52,28 +70,16 @@ class Subgraph:
 def integer_weight(layer: str, weight: QuantizedWeight, *, zero_points: bool) -> tuple[Subgraph, ir.Value]:
     """The weight as DequantizeLinear of int8 values, for a node whose activations are quantized.
 
-    ``zero_points`` spells out the zero points (Gemm fuses with them only); they are shared within a file.
+    ``zero_points`` spells out the zero points, with which alone a Gemm fuses; they are computed, not stored.
     """
     graph = Subgraph(layer)
-    inputs = [_int8_levels(graph, weight), graph.constant(f"{layer}/scale", kernel_scale(weight))]
+    inputs = [_int8_levels(graph, weight), graph.constant("scale", weight.scale.numpy())]
     if zero_points:
-        zeros = np.zeros(weight.scale.shape, np.int8)
-        inputs.append(graph.constant(f"qopt/zero_points_{'x'.join(map(str, zeros.shape)) or 'scalar'}", zeros))
+        shape = graph.constant("channels", np.array(tuple(weight.scale.shape), np.int64))
+        zero = ir.tensor(np.zeros(1, np.int8))
+        inputs.append(graph.node("ConstantOfShape", [shape], "zero_points", value=zero))
     axis = {"axis": weight.axis} if weight.scale.ndim else {}
     return graph, graph.node("DequantizeLinear", inputs, "dequantized", **axis)
-
-
-def kernel_scale(weight: QuantizedWeight) -> NDArray[np.float32]:
-    """The scales, with those of all-zero channels (where any scale gives zero) set to the median of the others.
-
-    The runtime rounds each bias to multiples of the weight's scale times the activation's: an arbitrary scale would
-    lose the bias of such a channel.
-    """
-    scale = weight.scale.numpy().copy()
-    zero = (weight.dequantize().numpy() == 0).all(axis=tuple(a for a in range(weight.codes.ndim) if a != weight.axis))
-    if scale.ndim and zero.any() and not zero.all():
-        scale[zero] = np.median(scale[~zero])
-    return np.asarray(scale, np.float32)
 
 
 def float_weight(layer: str, weight: QuantizedWeight) -> tuple[Subgraph, ir.Value]:
@@ -87,7 +93,7 @@ def float_weight(layer: str, weight: QuantizedWeight) -> tuple[Subgraph, ir.Valu
     shape = [1] * weight.codes.ndim
     if weight.scale.ndim:
         shape[weight.axis] = -1
-    scale = graph.constant(f"{layer}/scale", weight.scale.numpy().reshape(shape))
+    scale = graph.constant("scale", weight.scale.numpy().reshape(shape))
     return graph, graph.node("Mul", [levels, scale], "dequantized")
 
 
@@ -101,30 +107,29 @@ def _int8_levels(graph: Subgraph, weight: QuantizedWeight, *, cast: bool = True)
     codes, container = weight.codes.numpy(), weight.spec.container_bits
     if container == 2:
         return _two_bit_levels(graph, weight)
-    name = f"{graph.prefix}/codes"
     if weight.table is not None:
-        stored = graph.constant(name, codes.astype(ml_dtypes.uint4))
+        stored = graph.constant("codes", codes.astype(ml_dtypes.uint4))
         index = graph.node("Cast", [stored], "index", to=ir.DataType.INT32)
-        table = graph.constant(f"qopt/log{weight.spec.bits}_levels", weight.table.numpy())
+        table = graph.table(f"log{weight.spec.bits}_levels", weight.table.numpy())
         return graph.node("Gather", [table, index], "levels8", axis=0)
     if container == 4:
-        packed = graph.constant(name, codes.astype(ml_dtypes.int4))
+        packed = graph.constant("codes", codes.astype(ml_dtypes.int4))
         return graph.node("Cast", [packed], "levels8", to=ir.DataType.INT8) if cast else packed
-    return graph.constant(name, codes.astype(np.int8))
+    return graph.constant("codes", codes)
 
 
 def _two_bit_levels(graph: Subgraph, weight: QuantizedWeight) -> ir.Value:
     codes = weight.codes.numpy()
-    stored = graph.constant(f"{graph.prefix}/codes", pack(codes, 2, signed=weight.table is None))
-    table = graph.constant(f"qopt/{'int' if weight.table is None else 'log'}2_levels", _byte_table(weight))
+    stored = graph.constant("codes", pack(codes, 2, signed=weight.table is None))
+    table = graph.table(f"{'int' if weight.table is None else 'log'}2_levels", _byte_table(weight))
     index = graph.node("Cast", [stored], "index", to=ir.DataType.INT32)
     levels = graph.node("Gather", [table, index], "rows", axis=0)
     if codes.size % 4:
-        flat = graph.constant("qopt/flat", np.array([-1], np.int64))
-        start = graph.constant("qopt/zero", np.array([0], np.int64))
-        end = graph.constant(f"{graph.prefix}/size", np.array([codes.size], np.int64))
+        flat = graph.table("flat", np.array([-1], np.int64))
+        start = graph.table("start", np.array([0], np.int64))
+        end = graph.constant("size", np.array([codes.size], np.int64))
         levels = graph.node("Slice", [graph.node("Reshape", [levels, flat], "flat"), start, end], "cut")
-    target = graph.constant(f"{graph.prefix}/shape", np.array(codes.shape, np.int64))
+    target = graph.constant("shape", np.array(codes.shape, np.int64))
     return graph.node("Reshape", [levels, target], "levels8")
 
 
@@ -137,7 +142,7 @@ def _byte_table(weight: QuantizedWeight) -> NDArray[np.int8]:
 
 def _float_levels(graph: Subgraph, weight: QuantizedWeight) -> ir.Value:
     assert weight.table is not None
-    stored = graph.constant(f"{graph.prefix}/codes", weight.codes.numpy())
+    stored = graph.constant("codes", weight.codes.numpy())
     index = graph.node("Cast", [stored], "index", to=ir.DataType.INT32)
-    table = graph.constant(f"qopt/log{weight.spec.bits}_levels", weight.table.numpy())
+    table = graph.table(f"log{weight.spec.bits}_levels", weight.table.numpy())
     return graph.node("Gather", [table, index], "levels", axis=0)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from qopt.errors import UnsupportedModelError
+from qopt.errors import DataError, UnsupportedModelError
 
 BATCH = 250
 """Images per run where the batch axis is dynamic."""
@@ -63,7 +63,9 @@ class Runner:
         self.batch = batch
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Images float32 (n, ...) as the graph takes them; returns logits float32 (n, classes)."""
+        """Logits float32 (n, classes) of images float32 (n, ...) as the graph takes them; DataError without any."""
+        if not len(images):
+            raise DataError("no images to run through the graph", expected="at least one")
         size = self.batch or BATCH
         rows = [self._run(images[i : i + size]) for i in range(0, len(images), size)]
         return np.concatenate(rows)

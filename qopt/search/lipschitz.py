@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
+from qopt.errors import UsageError
 from qopt.search.space import Candidate, LayerSpace, Outcome, Space
 from qopt.search.thresholds import paper_thresholds
 from qopt.spec import WeightSpec
 
 MAX_BITS = 8
+METHODS: tuple[Literal["int"], Literal["log"]] = ("int", "log")
 
 
 @final
@@ -18,7 +20,8 @@ class LipschitzSearch:
     """Per layer and method m in {linear, log}: the first q from 1 with ``||W_q|| <= T_q`` and ``||dW|| <= T_d``.
 
     Then linear where its ``||dW||`` is strictly lower, else log, so that ties (which 1 bit always is) go to log. q
-    ends at 8; where no q passes, the candidate of lowest ``||dW||`` is taken and said not to meet the threshold.
+    ends at 8; where no q passes, the method's candidate of lowest ``||dW||`` is taken, the fewest bits among equals,
+    and said not to meet the threshold. Formats that the target's cost models rule out are passed over.
     Weights are per tensor with max-abs scales, as in the paper; limits of the target play no part.
     """
 
@@ -28,7 +31,7 @@ class LipschitzSearch:
     def candidates(self, target: tuple[WeightSpec, ...]) -> tuple[WeightSpec, ...]:
         """Linear and log at 1 to 8 bits, whatever the target's own candidates are."""
         del target
-        return tuple(_spec(kind, bits) for kind in ("int", "log") for bits in range(1, MAX_BITS + 1))
+        return tuple(_spec(kind, bits) for kind in METHODS for bits in range(1, MAX_BITS + 1))
 
     def __call__(self, space: Space) -> Outcome:
         """Apply the algorithm to every layer on its own."""
@@ -44,21 +47,28 @@ class LipschitzSearch:
 
 
 def choose(layer: LayerSpace) -> tuple[Candidate, bool]:
-    """The format of one layer, and whether it meets the thresholds."""
-    linear, linear_met = _fewest_bits(layer, "int")
-    log, log_met = _fewest_bits(layer, "log")
-    if linear.error.value < log.error.value:
-        return linear, linear_met
-    return log, log_met
+    """The format of one layer, and whether it meets the thresholds.
+
+    Raises:
+        UsageError: the cost models of the target admit none of the algorithm's formats.
+    """
+    linear, log = (_fewest_bits(layer, kind) for kind in METHODS)
+    if linear is None or log is None:
+        found = linear or log
+        if found is None:
+            raise UsageError("the target takes no linear or log format per tensor for a layer", where=layer.layer)
+        return found
+    return linear if linear[0].error.value < log[0].error.value else log
 
 
-def _fewest_bits(layer: LayerSpace, kind: Literal["int", "log"]) -> tuple[Candidate, bool]:
+def _fewest_bits(layer: LayerSpace, kind: Literal["int", "log"]) -> tuple[Candidate, bool] | None:
     bound_q, bound_d = paper_thresholds(layer.norm.value)
-    widths = [layer.candidate(_spec(kind, bits)) for bits in range(1, MAX_BITS + 1)]
+    specs = [_spec(kind, bits) for bits in range(1, MAX_BITS + 1)]
+    widths = sorted((c for c in layer.candidates if c.spec in specs), key=lambda c: c.spec.bits)
     for candidate in widths:
         if candidate.norm.accepts(bound_q) and candidate.error.accepts(bound_d):
             return candidate, True
-    return min(widths, key=lambda c: c.error.value), False
+    return (min(widths, key=lambda c: c.error.value), False) if widths else None
 
 
 def _spec(kind: Literal["int", "log"], bits: int) -> WeightSpec:

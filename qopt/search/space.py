@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, final
 
-from qopt.errors import UsageError
+from qopt.errors import PlanError, UsageError, nearest
 from qopt.limits import Limit
 from qopt.lipschitz import NormBound
+from qopt.size import Stored, stored_bytes
 from qopt.spec import WeightSpec
 
 
@@ -61,11 +62,24 @@ class LayerSpace:
 @final
 @dataclass(frozen=True)
 class Space:
-    """All layers, the limits a plan must keep and the groups of layers that must share a format."""
+    """All layers, the limits a plan must keep and the groups of layers that must share a format.
+
+    Raises:
+        PlanError: a tie names an unknown layer, or one that is in another tie.
+    """
 
     layers: tuple[LayerSpace, ...]
     limits: tuple[Limit, ...] = ()
     ties: tuple[tuple[str, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        known = [layer.layer for layer in self.layers]
+        tied = [name for group in self.ties for name in group]
+        for name in tied:
+            if name not in known:
+                raise PlanError("a tie names an unknown layer", where=name, fix=nearest(name, known))
+            if tied.count(name) > 1:
+                raise PlanError("a layer is tied twice", where=name, fix="join its ties to one")
 
     @property
     def weights(self) -> int:
@@ -75,10 +89,19 @@ class Space:
     def budgets(self) -> tuple[tuple[str, float], ...]:
         """Every limit as (column of `costs`, the most that may be spent).
 
+        Limits in bytes set aside the tables of all candidate formats, whether or not a plan uses them: which tables
+        the file needs is no sum over layers, and a plan must never exceed its limit.
+
         Raises:
             UsageError: a limit on something that no cost model of this run prices.
         """
-        return tuple(_budget(limit, self.weights) for limit in self.limits)
+        return tuple(_budget(limit, self) for limit in self.limits)
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the tables of all candidate formats; a file holds each table once."""
+        empty = [Stored(0, 0, candidate.spec) for layer in self.layers for candidate in layer.candidates]
+        return stored_bytes(empty) - sum(tensor.bytes for tensor in empty)
 
 
 def costs(candidate: Candidate) -> Mapping[str, float]:
@@ -124,11 +147,11 @@ class Strategy(Protocol):
         ...
 
 
-def _budget(limit: Limit, weights: int) -> tuple[str, float]:
+def _budget(limit: Limit, space: Space) -> tuple[str, float]:
     if limit.quantity == "bits":
-        return "code_bits", limit.bound * weights
+        return "code_bits", limit.bound * space.weights
     if limit.quantity in ("size", "flash"):
-        return "bytes", limit.bound
+        return "bytes", limit.bound - space.table_bytes
     raise UsageError(
         f"no cost model of this target prices {limit.quantity}", where="--limit", got=str(limit),
         fix="limits on bits, size and flash are priced by every target",

@@ -9,11 +9,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, final
 
-from qopt.errors import InfeasibleError
+from qopt.errors import InfeasibleError, UsageError
+from qopt.search.items import feasible
 from qopt.search.space import Candidate, LayerSpace, Space, costs
 
 Form = Literal["paper", "relative", "weighted", "none"]
@@ -47,7 +49,14 @@ def paper_thresholds(norm: float) -> tuple[float, float]:
 @final
 @dataclass(frozen=True)
 class Filtered:
-    """The space after the thresholds: ``factor`` above 1 says by how much all were relaxed, and for which layers."""
+    """The space after the thresholds.
+
+    Attributes:
+        space: the candidates that are left.
+        factor: by how much all thresholds were relaxed; 1 where they were not.
+        relaxed: the layers that needed it: those without a candidate within the thresholds, or whose candidates within
+            them cost too much for the limits.
+    """
 
     space: Space
     factor: float
@@ -59,29 +68,42 @@ def apply_thresholds(space: Space, thresholds: Thresholds) -> Filtered:
 
     Raises:
         InfeasibleError: even without thresholds no plan keeps the limits.
+        UsageError: weighted thresholds and no candidate with a weighted error.
     """
-    excess = {(layer.layer, c.spec): thresholds.excess(layer, c) for layer in space.layers for c in layer.candidates}
-    for factor in sorted({1.0, *(e for e in excess.values() if e > 1.0)}):
-        kept = _keep(space, {key for key, value in excess.items() if value <= factor})
-        if kept is not None and _feasible(kept):
-            relaxed = [
-                layer.layer for layer in kept.layers
-                if not any(excess[layer.layer, c.spec] <= 1.0 for c in layer.candidates)
-            ]  # fmt: skip
-            return Filtered(kept, factor, tuple(relaxed) if factor > 1.0 else ())
-    raise _infeasible(space)
+    candidates = [(layer, c) for layer in space.layers for c in layer.candidates]
+    if thresholds.form == "weighted" and all(c.weighted is None for _, c in candidates):
+        raise UsageError("weighted thresholds weigh errors by images", where="--thresholds", fix="give --data")
+    excess = {(layer.layer, str(c.spec)): thresholds.excess(layer, c) for layer, c in candidates}
+    # below the largest of the layers' smallest excesses some layer has no candidate
+    least = max(
+        min((excess[layer.layer, str(c.spec)] for c in layer.candidates), default=0.0) for layer in space.layers
+    )
+    factors = sorted({1.0, *excess.values()})
+    usable = (f for f in factors[bisect_left(factors, max(least, 1.0)) :] if feasible(_keep(space, excess, f)))
+    factor = next(usable, None)
+    if factor is None:
+        raise _infeasible(space)
+    kept = _keep(space, excess, factor)
+    return Filtered(kept, factor, _relaxed(kept, _keep(space, excess, 1.0)) if factor > 1 else ())
 
 
-def _keep(space: Space, admitted: set[tuple[str, object]]) -> Space | None:
+def _keep(space: Space, excess: dict[tuple[str, str], float], factor: float) -> Space:
     layers = [
-        replace(layer, candidates=tuple(c for c in layer.candidates if (layer.layer, c.spec) in admitted))
+        replace(layer, candidates=tuple(c for c in layer.candidates if excess[layer.layer, str(c.spec)] <= factor))
         for layer in space.layers
     ]
-    return replace(space, layers=tuple(layers)) if all(layer.candidates for layer in layers) else None
+    return replace(space, layers=tuple(layers))
 
 
-def _feasible(space: Space) -> bool:
-    return all(_least(space.layers, column) <= budget * (1 + 1e-12) for column, budget in space.budgets())
+def _relaxed(kept: Space, strict: Space) -> tuple[str, ...]:
+    """Layers whose cheapest candidate was admitted only by relaxing, or all that gained one where there is none."""
+    pairs = list(zip(kept.layers, strict.layers, strict=True))
+    columns = [column for column, _ in kept.budgets()]
+    needy = [
+        new.layer for new, old in pairs
+        if not old.candidates or any(_least([new], column) < _least([old], column) for column in columns)
+    ]  # fmt: skip
+    return tuple(needy or [new.layer for new, old in pairs if len(new.candidates) > len(old.candidates)])
 
 
 def _least(layers: Iterable[LayerSpace], column: str) -> float:
@@ -92,13 +114,16 @@ def _infeasible(space: Space) -> InfeasibleError:
     for limit, (column, budget) in zip(space.limits, space.budgets(), strict=True):
         least = _least(space.layers, column)
         if least > budget:
-            reach = least / space.weights if limit.quantity == "bits" else least
-            unit = "bits" if limit.quantity == "bits" else "bytes"
+            got = f"at least {least / space.weights:.4g} bits"
+            if limit.quantity != "bits":
+                got = f"at least {least + space.table_bytes:.0f} bytes, the tables of all candidate formats included,"
             return InfeasibleError(
-                "no plan keeps the limit", where=str(limit), got=f"at least {reach:.4g} {unit} with these candidates",
+                "no plan keeps the limit", where=str(limit), got=f"{got} with these candidates",
                 fix="raise the limit or choose a target with lower-bit candidates",
             )  # fmt: skip
-    return InfeasibleError("no plan keeps all limits at once", got=", ".join(map(str, space.limits)))
+    return InfeasibleError(
+        "no plan keeps all limits and ties at once", got=", ".join(map(str, space.limits)), fix="raise a limit"
+    )
 
 
 def _ratio(value: float, bound: float) -> float:

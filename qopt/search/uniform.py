@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 from qopt.errors import InfeasibleError
-from qopt.search.space import Outcome, Space, costs
+from qopt.search.items import feasible
+from qopt.search.space import Outcome, Space
 from qopt.spec import WeightSpec
 
 
@@ -23,13 +24,16 @@ class UniformSearch:
         return tuple(spec for spec in target if spec.kind == "int")
 
     def __call__(self, space: Space) -> Outcome:
-        """Choose the widest; raises InfeasibleError where none keeps the limits."""
-        specs = {c.spec for layer in space.layers for c in layer.candidates}
-        for spec in sorted(specs, key=lambda s: -s.bits):
-            chosen = [layer.candidate(spec) for layer in space.layers]
-            spent = [sum(costs(c)[column] for c in chosen) for column, _ in space.budgets()]
-            if all(s <= budget for s, (_, budget) in zip(spent, space.budgets(), strict=True)):
-                reason = f"uniform {spec}"
-                names = [layer.layer for layer in space.layers]
-                return Outcome(dict.fromkeys(names, spec), dict.fromkeys(names, reason))
-        raise InfeasibleError("no uniform format keeps the limits", got=", ".join(map(str, space.limits)))
+        """Choose the widest, the target's first among equals; raises InfeasibleError where none keeps the limits."""
+        names = [layer.layer for layer in space.layers]
+        for spec in sorted((c.spec for c in space.layers[0].candidates), key=lambda s: -s.bits):
+            if feasible(_only(space, spec)):
+                return Outcome(dict.fromkeys(names, spec), dict.fromkeys(names, f"uniform {spec}"))
+        raise InfeasibleError(
+            "no linear format that all layers can take keeps the limits", got=", ".join(map(str, space.limits)) or None
+        )
+
+
+def _only(space: Space, spec: WeightSpec) -> Space:
+    layers = (replace(x, candidates=tuple(c for c in x.candidates if c.spec == spec)) for x in space.layers)
+    return replace(space, layers=tuple(layers))

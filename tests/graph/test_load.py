@@ -31,7 +31,8 @@ from torch.export import Dim
 from qopt.errors import CorruptModelError, QoptError, UnsafeModelError, UsageError
 from qopt.graph.formats import Format, identify, unsafe_globals
 from qopt.graph.load import load_model
-from qopt.graph.to_onnx import NOTES, quiet
+from qopt.graph.model import NOTES
+from qopt.graph.to_onnx import quiet
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NET_SOURCE = """

@@ -22,7 +22,8 @@ from torch.export import Dim
 
 from qopt.errors import UnsupportedModelError, UsageError
 from qopt.graph.load import load_model
-from qopt.graph.to_onnx import NAME_SCOPES, NOTES, module_to_onnx, program_to_onnx, quiet
+from qopt.graph.model import NOTES
+from qopt.graph.to_onnx import NAME_SCOPES, module_to_onnx, program_to_onnx, quiet
 
 
 class Block(nn.Module):

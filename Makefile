@@ -1,0 +1,42 @@
+# `make demo` and `make test` do all set-up on a fresh machine with Python 3.11 and make.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test slow lint types format benchmark clean
+
+demo: .venv/installed
+	$(BIN)/qopt optimize examples/fashion_resnet.pt --data examples/fashion.npz --target int4 --robust --no-cache \
+		--baseline int4:max --baseline int2:max --baseline int4@int4 -o demo
+	@$(BIN)/python examples/show_lessons.py demo/report.json
+
+test: .venv/installed-dev
+	$(BIN)/pytest -m "not slow"
+
+slow: .venv/installed-dev
+	$(BIN)/pytest
+	$(BIN)/python benchmarks/main_job.py
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/installed-dev
+	$(BIN)/mypy qopt tests
+
+format: .venv/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@

@@ -1,0 +1,65 @@
+"""New constants and nodes in the user's graph, under names that nothing in it has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qopt.graph.names import unique, value_names
+from qopt.runtime.patterns import Subgraph
+from qopt.runtime.values import constant
+
+
+@final
+class Additions:
+    """What qopt adds to one graph. A name that is taken gets ``_2``, ``_3``, ... appended.
+
+    Args:
+        graph: the graph that grows.
+    """
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self._taken = value_names(graph) | {str(node.name) for node in graph}
+        self._shared: dict[str, ir.Value] = {}
+
+    def name(self, wanted: str) -> str:
+        """``wanted``, or the next free name; it counts as taken from now on."""
+        free = unique(wanted, self._taken.__contains__)
+        self._taken.add(free)
+        return free
+
+    def constant(self, wanted: str, array: NDArray[Any]) -> ir.Value:
+        """A new initializer."""
+        value = constant(self.name(wanted), array)
+        self.graph.initializers[str(value.name)] = value
+        return value
+
+    def shared(self, wanted: str, array: NDArray[Any]) -> ir.Value:
+        """The initializer that all who ask for ``wanted`` share; ``array`` is the same each time."""
+        if wanted not in self._shared:
+            self._shared[wanted] = self.constant(wanted, array)
+        return self._shared[wanted]
+
+    def node(self, op: str, inputs: Sequence[ir.Value | None], wanted: str, **attributes: Any) -> ir.Node:
+        """A named node with one output, to be placed by the caller."""
+        node = ir.node(op, list(inputs), attributes=attributes, name=self.name(wanted))
+        node.outputs[0].name = node.name
+        return node
+
+    def place(self, packed: Subgraph, before: ir.Node) -> None:
+        """Put a packed weight in front of the node that reads it first."""
+        for name, value in packed.tables.items():
+            assert value.const_value is not None
+            value.replace_all_uses_with(self.shared(name, np.asarray(value.const_value.numpy())))
+        for name, value in packed.initializers.items():
+            value.name = self.name(name)
+            self.graph.initializers[value.name] = value
+        for node in packed.nodes:
+            node.name = self.name(str(node.name))
+            node.outputs[0].name = node.name
+        self.graph.insert_before(before, packed.nodes)

@@ -1,0 +1,38 @@
+"""Fixtures that every test folder shares, and the rule on skips."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+@pytest.fixture(scope="session")
+def examples() -> Path:
+    """The folder of the embedded example."""
+    return EXAMPLES
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The public networks and images that QOPT_ASSETS names; skips where it is unset."""
+    folder = os.environ.get("QOPT_ASSETS")
+    if not folder:
+        pytest.skip("QOPT_ASSETS is not set")
+    return Path(folder)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With QOPT_REQUIRE_ALL a skipped test is a failed one: in CI everything it names is installed."""
+    report = yield
+    if os.environ.get("QOPT_REQUIRE_ALL") and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped although QOPT_REQUIRE_ALL is set: {report.longrepr}"
+    return report

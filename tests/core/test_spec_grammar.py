@@ -1,0 +1,156 @@
+"""The words for formats: what parses to what, what does not, and how it is written back."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qopt.errors import PlanError
+from qopt.plan import Plan
+from qopt.spec import FLOAT, FLOAT_ACTIVATION, ActivationSpec, WeightSpec
+
+WEIGHTS: list[tuple[str, WeightSpec, str]] = [
+    ("float", FLOAT, "float"),
+    ("int8", WeightSpec("int", 8), "int8"),
+    ("int1", WeightSpec("int", 1), "int1"),
+    ("log4", WeightSpec("log", 4), "log4"),
+    ("int4:channel", WeightSpec("int", 4), "int4"),
+    ("int4:mse", WeightSpec("int", 4), "int4"),
+    ("int4:channel:mse", WeightSpec("int", 4), "int4"),
+    ("int4:tensor", WeightSpec("int", 4, "tensor"), "int4:tensor"),
+    ("int4:max", WeightSpec("int", 4, "channel", "max"), "int4:max"),
+    ("log2:max:tensor", WeightSpec("log", 2, "tensor", "max"), "log2:tensor:max"),
+    ("log2:tensor:max", WeightSpec("log", 2, "tensor", "max"), "log2:tensor:max"),
+    ("  int3\n", WeightSpec("int", 3), "int3"),
+]
+
+
+@pytest.mark.parametrize(("text", "spec", "written"), WEIGHTS)
+def test_weight_formats_parse(text: str, spec: WeightSpec, written: str) -> None:
+    assert WeightSpec.parse(text) == spec
+    assert str(spec) == written
+
+
+NO_WEIGHTS = [
+    "", " ", "int", "int0", "int9", "int16", "log0", "log9", "INT4", "Int4", "int-4", "int 4", "int4.0", "uint4", "4",
+    "float32", "float16", "float:max", "int4:", "int4::max", "int4:max:", "int4:max:max", "int4:tensor:channel",
+    "int4:mse:max", "int4:tensor:max:tensor", "int4:row", "int4:MAX", "int4;max", "int4,int8", "int4\x00", "int４",
+    "int4:p99", "none",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NO_WEIGHTS)
+def test_other_words_are_no_weight_formats(text: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        WeightSpec.parse(text)
+    message = str(caught.value)
+    assert "weight format" in message
+    assert "expected" in message
+    assert "\n" not in message
+    assert repr(text) in message or " ".join(repr(text).split()) in message
+
+
+ACTIVATIONS: list[tuple[str, ActivationSpec, str]] = [
+    ("float", FLOAT_ACTIVATION, "float"),
+    ("int8", ActivationSpec(8), "int8"),
+    ("int2", ActivationSpec(2), "int2"),
+    ("int8:minmax", ActivationSpec(8), "int8"),
+    ("int8:p100", ActivationSpec(8), "int8"),
+    ("int4:p99.9", ActivationSpec(4, 99.9), "int4:p99.9"),
+    ("int4:p99", ActivationSpec(4, 99.0), "int4:p99"),
+    ("int4:p99.0", ActivationSpec(4, 99.0), "int4:p99"),
+    ("int4:p50.1", ActivationSpec(4, 50.1), "int4:p50.1"),
+    ("int4:p99.99999", ActivationSpec(4, 99.99999), "int4:p99.99999"),
+    (" int5 ", ActivationSpec(5), "int5"),
+]
+
+
+@pytest.mark.parametrize(("text", "spec", "written"), ACTIVATIONS)
+def test_activation_formats_parse(text: str, spec: ActivationSpec, written: str) -> None:
+    assert ActivationSpec.parse(text) == spec
+    assert str(spec) == written
+
+
+NO_ACTIVATIONS = [
+    "", "int1", "int9", "int16", "log4", "int8:", "int8:p", "int8:p50", "int8:p0", "int8:p9", "int8:p101", "int8:p-99",
+    "int8:p99.", "int8:pnan", "int8:99", "int8:minmax:p99", "int8:max", "int8:tensor", "float:p99", "INT8",
+    "int8:p99,9", "int8:p٩٩",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NO_ACTIVATIONS)
+def test_other_words_are_no_activation_formats(text: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        ActivationSpec.parse(text)
+    assert "not an activation format" in str(caught.value)
+    assert repr(text) in str(caught.value)
+
+
+weight_specs = st.one_of(
+    st.just(FLOAT),
+    st.builds(
+        WeightSpec,
+        st.sampled_from(["int", "log"]),
+        st.integers(1, 8),
+        st.sampled_from(["channel", "tensor"]),
+        st.sampled_from(["mse", "max"]),
+    ),
+)
+percentiles = st.floats(50, 100, exclude_min=True)
+activation_specs = st.one_of(st.just(FLOAT_ACTIVATION), st.builds(ActivationSpec, st.integers(2, 8), percentiles))
+
+
+@settings(deadline=None)
+@given(weight_specs)
+def test_weight_formats_survive_writing_and_reading(spec: WeightSpec) -> None:
+    assert WeightSpec.parse(str(spec)) == spec
+    assert spec.short == str(spec).split(":")[0]
+
+
+@settings(deadline=None, max_examples=300)
+@given(activation_specs)
+def test_activation_formats_survive_writing_and_reading(spec: ActivationSpec) -> None:
+    assert ActivationSpec.parse(str(spec)) == spec
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.text(alphabet="intlogfea1248:p.max sr", max_size=16))
+def test_any_text_parses_or_is_a_plan_error(text: str) -> None:
+    for parse in (WeightSpec.parse, ActivationSpec.parse):
+        try:
+            written = str(parse(text))
+        except PlanError:
+            continue
+        assert str(parse(written)) == written
+
+
+PATTERNS = Plan.model_json_schema()["properties"]
+
+
+@pytest.mark.parametrize(
+    ("key", "right", "wrong"),
+    [
+        ("weights", [text for text, _, _ in WEIGHTS], NO_WEIGHTS),
+        ("activations", [text for text, _, _ in ACTIVATIONS], NO_ACTIVATIONS),
+    ],
+)
+def test_the_published_pattern_is_the_grammar(key: str, right: list[str], wrong: list[str]) -> None:
+    pattern = re.compile(PATTERNS[key]["additionalProperties"]["pattern"].removesuffix("$") + r"\Z", re.ASCII)
+    assert [text for text in right if not pattern.match(text.strip())] == []
+    assert [text for text in wrong if pattern.match(text) and text != "int8:p50"] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "container"),
+    [("int1", 2), ("log1", 2), ("int2", 2), ("int3", 4), ("log4", 4), ("int5", 8), ("int8", 8), ("float", 32)],
+)
+def test_containers(text: str, container: int) -> None:
+    assert WeightSpec.parse(text).container_bits == container
+
+
+def test_only_float_is_float() -> None:
+    assert [t for t, spec, _ in WEIGHTS if spec.is_float] == ["float"]
+    assert [t for t, spec, _ in ACTIVATIONS if spec.is_float] == ["float"]

@@ -1,0 +1,115 @@
+"""`stored_bytes` is what the file holds: counted in the initializers that an emission adds for its weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qopt.emit import emit
+from qopt.graph.model import Prepared
+from qopt.graph.quantized import Quantized
+from qopt.quant import AffineRange
+from qopt.runtime.session import to_bytes
+from qopt.size import Stored, code_bits, stored_bits, stored_bytes, table_bytes
+from qopt.spec import FLOAT, WeightSpec
+
+FORMATS = [f"{kind}{bits}{option}" for kind in ("int", "log") for bits in range(1, 9) for option in ("", ":tensor")]
+
+
+@pytest.fixture(scope="session")
+def three_layers(graph: Any) -> Prepared:
+    """Sizes that fill their last byte and sizes that do not, and no initializer besides weights."""
+    g = graph((3, 6, 6))
+    g.op("Conv", ["x", g.random("a.weight", 5, 3, 3, 3)], "a")
+    g.op("Relu", ["a"], "ar")
+    g.op("ConvTranspose", ["ar", g.random("b.weight", 5, 3, 1, 1)], "b")
+    g.op("Flatten", ["b"], "flat")
+    g.op("Gemm", ["flat", g.random("c.weight", 48, 7)], "logits")
+    prepared: Prepared = g.prepared()
+    return prepared
+
+
+CODES = {name: AffineRange.from_bounds(-1, 1, 8) for name in ("x", "ar", "b", "flat")}
+
+
+def held(prepared: Prepared, quantized: Quantized) -> tuple[int, int]:
+    """Bytes of what the file holds for its weights, and of the shapes beside it."""
+    proto = onnx.load_from_string(to_bytes(emit(prepared, quantized)))
+    values = shapes = 0
+    for tensor in proto.graph.initializer:
+        if tensor.name.rsplit("/")[0] in quantized.activations:
+            continue
+        size = len(tensor.raw_data)
+        assert size or 0 in tensor.dims  # qopt's tensors are stored raw: 4-bit codes take half a byte
+        if tensor.data_type == onnx.TensorProto.INT64:
+            shapes += size
+        elif not tensor.name.endswith(("/bias/codes", "/bias/scale")):
+            values += size
+    return values, shapes
+
+
+@pytest.mark.parametrize("spec", ["float", *FORMATS])
+def test_one_format(spec: str, three_layers: Prepared, codes_of: Any) -> None:
+    weights = {} if spec == "float" else codes_of(three_layers, spec)
+    for activations in ({}, CODES):
+        quantized = Quantized(weights, {}, activations)
+        values, shapes = held(three_layers, quantized)
+        assert values == stored_bytes(quantized.stored(three_layers))
+        assert shapes <= 8 * (2 + 3 * 6)
+
+
+@given(specs=st.tuples(*[st.sampled_from(["float", *FORMATS])] * 3), integer=st.booleans())
+@settings(deadline=None, max_examples=60)
+def test_any_mixture(specs: tuple[str, str, str], integer: bool, three_layers: Prepared, codes_of: Any) -> None:
+    """Tables are counted once for all layers that share them, whatever the mixture."""
+    weights: dict[str, Any] = {}
+    for layer, spec in zip(three_layers.layers, specs, strict=True):
+        weights |= {} if spec == "float" else codes_of(three_layers, spec, layer.name)
+    quantized = Quantized(weights, {}, CODES if integer else {})
+    stored = list(quantized.stored(three_layers))
+    values, _ = held(three_layers, quantized)
+    assert values == stored_bytes(stored)
+    assert stored_bits(stored) == pytest.approx(8 * values / (135 + 15 + 336))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 9, 13])
+@pytest.mark.parametrize(
+    ("spec", "container"), [("int1", 2), ("int2", 2), ("log2", 2), ("int4", 4), ("log3", 4), ("int5", 8)]
+)
+def test_codes_fill_whole_bytes(spec: str, container: int, size: int) -> None:
+    stored = Stored(size, 1, WeightSpec.parse(spec))
+    assert stored.code_bytes == -(-size * container // 8)
+    assert stored.bytes == stored.code_bytes + 4
+
+
+def test_tables_by_hand() -> None:
+    sizes = {"float": 0, "int1": 1024, "int2": 1024, "int3": 0, "int4": 0, "int8": 0}
+    sizes |= {"log1": 1024, "log2": 1024, "log3": 16, "log4": 16, "log5": 1024, "log8": 1024}
+    assert {text: table_bytes(WeightSpec.parse(text)) for text in sizes} == sizes
+
+
+@pytest.mark.parametrize(
+    ("formats", "tables"),
+    [
+        (["int1", "int2", "log1"], 1024), (["int2", "log2"], 2048), (["log3", "log4"], 32), (["log5", "log6"], 2048),
+        (["int4", "int8", "float"], 0), (["int2", "int2:tensor", "int2:max"], 1024),
+    ],
+)  # fmt: skip
+def test_tables_are_counted_once(formats: list[str], tables: int) -> None:
+    items = [Stored(100, 10, WeightSpec.parse(text)) for text in formats]
+    assert stored_bytes(items) == sum(item.bytes for item in items) + tables
+
+
+def test_averages() -> None:
+    items = [Stored(300, 10, WeightSpec.parse("int4:tensor")), Stored(100, 10, FLOAT)]
+    assert code_bits(items) == (300 * 4 + 100 * 32) / 400
+    assert stored_bytes(items) == 150 + 4 + 400
+    assert stored_bits(items) == 8 * 554 / 400
+    assert (code_bits([]), stored_bits([]), stored_bytes([])) == (0.0, 0.0, 0)
+    assert code_bits(iter(items)) == code_bits(items)
+    assert np.isclose(code_bits([Stored(7, 1, WeightSpec.parse("log3"))]), 4.0)

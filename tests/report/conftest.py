@@ -1,0 +1,108 @@
+"""A small report made by hand, with every part filled."""
+
+from __future__ import annotations
+
+import pytest
+
+from qopt.report.model import (
+    ActivationRow,
+    DataFacts,
+    Drop,
+    EvaluatedPlan,
+    GateRow,
+    KernelFacts,
+    LayerRow,
+    MaskingRow,
+    ModelFacts,
+    Report,
+    Row,
+    SearchFacts,
+    Share,
+    SizeFacts,
+)
+
+
+def share(value: float) -> Share:
+    return Share(value=value, low=value - 2, high=value + 2, n=100)
+
+
+def drop(value: float) -> Drop:
+    return Drop(value=value, standard_error=0.5, low=value - 1, high=value + 1, n=100)
+
+
+@pytest.fixture
+def full_report() -> Report:
+    return Report(
+        verdict="net in 3.50 bits per weight; gates fail: robust_drop<=2.",
+        robust_accuracy=60.0,
+        target="int4: weights int2, int4; activations int8; bits<=4",
+        command="qopt optimize net --target int4 --robust --data ... --seed 7",
+        seed=7,
+        threat="linf 8/255",
+        model=ModelFacts(
+            name="net", digest="ab", input="x", input_shape=[1, 28, 28], classes=10, batch=None, layers=2,
+            weights=12345, notes=["batch norm folded"],
+        ),
+        data=DataFacts(digest="cd", calibrate=50, select=50, report=100, attacked=80, notes=["a note on data"]),
+        search=SearchFacts(
+            strategy="greedy", sensitivity="KL divergence", thresholds="weighted <= 0.25", factor=1.5,
+            relaxed=["conv|1", "fc"], gap=0.01, notes=["a note on the search"],
+            evaluated=[
+                EvaluatedPlan(
+                    name="greedy", digest="ef", code_bits=3.5, bias_correction=False, clean_divergence=0.012345,
+                    adversarial_divergence=0.1, chosen=True,
+                ),
+                EvaluatedPlan(
+                    name="greedy, bias correction", digest="gh", code_bits=3.5, bias_correction=True,
+                    clean_divergence=0.02, adversarial_divergence=None, chosen=False,
+                ),
+            ],
+        ),
+        layers=[
+            LayerRow(
+                name="conv|1", op="Conv", shape=[16, 1, 3, 3], format="int4:max", bits=4, container_bits=4,
+                norm_w=1.23456, norm_wq=1.2, norm_dw=0.0345, row_norm_w=3.0, row_norm_dw=0.1, macs=112896,
+                integer=True, reason="sensitivity 0.01",
+            ),
+            LayerRow(
+                name="fc", op="Gemm", shape=[10, 64], format="float", bits=32, container_bits=32, norm_w=2.0,
+                norm_wq=2.0, norm_dw=0.0, row_norm_w=5.0, row_norm_dw=0.0, macs=640, integer=False, reason="",
+            ),
+        ],
+        activations=[ActivationRow(tensor="x", format="int8", low=0.0, high=1.0, scale=0.00392157, zero_point=0)],
+        size=SizeFacts(float_bytes=50000, file_bytes=6000, ratio=0.12, code_bits=3.5, stored_bits=3.75),
+        kernels=KernelFacts(integer=1, floating=1, counts={"QLinearConv": 1, "Gemm": 1}, agreement=0.995),
+        rows=[
+            Row(name="float", code_bits=32.0, clean=share(90), attacked={"PGD-20": share(66)}, robust=share(65)),
+            Row(
+                name="qopt", code_bits=3.5, clean=share(89), attacked={"PGD-20": share(61), "transfer": share(70)},
+                robust=share(60), clean_drop=drop(1), robust_drop=drop(5), masking="none",
+            ),
+            Row(
+                name="qopt, naive evaluation", code_bits=3.5, clean=share(89), masking="masked",
+                clean_drop=drop(-0.25), note="not a measurement",
+            ),
+        ],
+        masking=[MaskingRow(network="qopt", rule="transfer beats\nwhite box", triggered=True, text="70.0 | 61.0")],
+        gates=[
+            GateRow(gate="clean_drop<=2", found="1.00 points, at most 2.00 at 95 %", holds=True),
+            GateRow(gate="robust_drop<=2", found="5.00 points, at most 6.00 at 95 %", holds=False),
+        ],
+        left_out=["a step"],
+        warnings=["a warning"],
+    )  # fmt: skip
+
+
+@pytest.fixture
+def bare_report(full_report: Report) -> Report:
+    """What a run without data reports."""
+    return full_report.model_copy(
+        update={
+            "robust_accuracy": None, "threat": None, "data": None, "rows": [], "masking": [], "gates": [],
+            "activations": [], "warnings": [], "left_out": [],
+            "kernels": KernelFacts(integer=0, floating=2, counts={}),
+            "search": full_report.search.model_copy(
+                update={"evaluated": [], "factor": 1.0, "notes": [], "relaxed": []}
+            ),
+        }
+    )  # fmt: skip

@@ -1,0 +1,184 @@
+"""Packed weights alone: the subgraph computes the weight, in few bytes, wherever it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
+
+from qopt.quant import QuantizedWeight, quantize_weight
+from qopt.runtime.patterns import Subgraph, float_weight, has_integer_levels, integer_weight
+from qopt.size import Stored, table_bytes
+from qopt.spec import WeightSpec
+
+FORMATS = [f"{kind}{bits}{option}" for kind in ("int", "log") for bits in range(1, 9) for option in ("", ":tensor")]
+SHAPES = [
+    ((6, 4, 3, 3), 0),
+    ((4, 1, 3, 3), 0),
+    ((4, 6, 2, 2), 1),
+    ((3, 5, 3), 0),
+    ((7, 3), 1),
+    ((3, 7), 0),
+    ((1, 1), 0),
+]
+FORMS = ["float", "integer", "zero points"]
+
+
+def coded(spec: str, shape: tuple[int, ...], axis: int, seed: int = 0) -> QuantizedWeight:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator)
+    weight.movedim(axis, 0)[0] = 0
+    return quantize_weight(weight, WeightSpec.parse(spec), axis)
+
+
+def packed(weight: QuantizedWeight, form: str) -> tuple[Subgraph, ir.Value]:
+    if form == "float":
+        return float_weight("layer", weight)
+    return integer_weight("layer", weight, zero_points=form == "zero points")
+
+
+def model_of(subgraph: Subgraph, value: ir.Value) -> onnx.ModelProto:
+    value.type = ir.TensorType(ir.DataType.FLOAT)
+    constants = [*subgraph.initializers.values(), *subgraph.tables.values()]
+    graph = ir.Graph([], [value], nodes=subgraph.nodes, initializers=constants, name="g", opset_imports={"": 21})
+    return ir.serde.serialize_model(ir.Model(graph, ir_version=10))
+
+
+def in_onnxruntime(proto: onnx.ModelProto, optimise: bool) -> NDArray[Any]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    if not optimise:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    result: NDArray[Any] = session.run(None, {})[0]
+    return result
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("spec", FORMATS)
+def test_every_evaluator_finds_the_weight(spec: str, form: str) -> None:
+    for shape, axis in SHAPES:
+        weight = coded(spec, shape, axis)
+        if form != "float" and not has_integer_levels(weight):
+            continue
+        proto = model_of(*packed(weight, form))
+        expected = weight.dequantize().numpy()
+        reference = np.asarray(ReferenceEvaluator(proto).run(None, {})[0])  # type: ignore[index]
+        for result in (in_onnxruntime(proto, True), in_onnxruntime(proto, False), reference):
+            assert result.dtype == np.float32
+            assert result.shape == shape
+            assert np.array_equal(result, expected)
+
+
+@given(
+    spec=st.sampled_from(FORMATS), rows=st.integers(1, 9), columns=st.integers(1, 9), axis=st.integers(0, 1),
+    seed=st.integers(0, 2**31), form=st.sampled_from(FORMS),
+)  # fmt: skip
+@settings(deadline=None, max_examples=60)
+def test_any_matrix(spec: str, rows: int, columns: int, axis: int, seed: int, form: str) -> None:
+    weight = coded(spec, (rows, columns), axis, seed)
+    if form != "float" and not has_integer_levels(weight):
+        return
+    proto = model_of(*packed(weight, form))
+    assert np.array_equal(in_onnxruntime(proto, False), weight.dequantize().numpy())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("spec", FORMATS)
+def test_bytes(spec: str, form: str) -> None:
+    """Codes, scales and tables are what `qopt.size` says; all else are shapes."""
+    for shape, axis in SHAPES:
+        weight = coded(spec, shape, axis)
+        if form != "float" and not has_integer_levels(weight):
+            continue
+        subgraph, _ = packed(weight, form)
+        sizes = {name: held(value) for name, value in {**subgraph.initializers, **subgraph.tables}.items()}
+        shapes = {f"layer/{label}" for label in ("shape", "size", "channels")} | {"qopt/flat", "qopt/start"}
+        stored = Stored(int(np.prod(shape)), shape[axis], weight.spec)
+        assert sizes["layer/codes"] == stored.code_bytes
+        assert sizes["layer/scale"] == stored.bytes - stored.code_bytes
+        tables = {name: size for name, size in sizes.items() if name.endswith("_levels")}
+        assert sum(tables.values()) == table_bytes(weight.spec)
+        assert set(tables) <= set(subgraph.tables)
+        assert set(sizes) - set(tables) - {"layer/codes", "layer/scale"} <= shapes
+
+
+def held(value: ir.Value) -> int:
+    assert value.const_value is not None
+    return len(value.const_value.tobytes())
+
+
+@pytest.mark.parametrize(
+    ("spec", "form", "ops"),
+    [
+        ("int8", "integer", ["DequantizeLinear"]),
+        ("int8", "zero points", ["ConstantOfShape", "DequantizeLinear"]),
+        ("int8", "float", ["Cast", "Mul"]),
+        ("int4", "integer", ["Cast", "DequantizeLinear"]),
+        ("int3", "float", ["Cast", "Mul"]),
+        ("log4", "integer", ["Cast", "Gather", "DequantizeLinear"]),
+        ("log3", "float", ["Cast", "Gather", "Cast", "Mul"]),
+        ("log6", "float", ["Cast", "Gather", "Mul"]),
+        ("int2", "integer", ["Cast", "Gather", "Reshape", "DequantizeLinear"]),
+        ("log2", "float", ["Cast", "Gather", "Reshape", "Cast", "Mul"]),
+    ],
+)
+def test_nodes(spec: str, form: str, ops: list[str]) -> None:
+    """Golden: what the module's table says, for sizes that fill their bytes."""
+    subgraph, value = packed(coded(spec, (4, 8), 0), form)
+    assert [node.op_type for node in subgraph.nodes] == ops
+    assert value is subgraph.nodes[-1].outputs[0]
+    assert value.name == "layer/dequantized"
+    names = [node.name for node in subgraph.nodes]
+    assert len(set(names)) == len(names)
+    assert all(str(name).startswith("layer/") for name in names)
+
+
+def test_a_last_byte_that_is_not_full_is_cut() -> None:
+    subgraph, _ = packed(coded("int2", (3, 3), 0), "integer")
+    assert [n.op_type for n in subgraph.nodes] == ["Cast", "Gather", "Reshape", "Slice", "Reshape", "DequantizeLinear"]
+    codes = subgraph.initializers["layer/codes"].const_value
+    assert codes is not None
+    assert codes.numpy().shape == (3,)
+
+
+def test_codes_are_stored_in_their_container() -> None:
+    types = {
+        "int8": "INT8",
+        "int5": "INT8",
+        "int4": "INT4",
+        "int3": "INT4",
+        "log4": "UINT4",
+        "log5": "UINT8",
+        "int1": "UINT8",
+    }
+    for spec, name in types.items():
+        subgraph, _ = packed(coded(spec, (4, 4), 0), "float")
+        assert subgraph.initializers["layer/codes"].dtype == ir.DataType[name]
+
+
+def test_tables_by_hand() -> None:
+    """Byte 0b11_01_00_10: linear codes -2, 0, 1, -1 from the lowest bits up; log indices 2, 0, 1, 3."""
+    linear, _ = packed(coded("int2", (4, 4), 0), "integer")
+    log, _ = packed(coded("log2", (4, 4), 0), "integer")
+    for subgraph, name, row in ((linear, "int2", [-2, 0, 1, -1]), (log, "log2", [-64, 0, 64, 0])):
+        table = subgraph.tables[f"qopt/{name}_levels"].const_value
+        assert table is not None
+        assert table.numpy().dtype == np.int8
+        assert table.numpy()[0b11_01_00_10].tolist() == row
+
+
+def test_integer_levels() -> None:
+    assert {spec: has_integer_levels(coded(spec, (4, 4), 0)) for spec in ("int1", "int8", "log1", "log4", "log5")} == {
+        "int1": True, "int8": True, "log1": True, "log4": True, "log5": False,
+    }  # fmt: skip

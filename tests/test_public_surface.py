@@ -1,0 +1,61 @@
+"""What `import qopt` offers, and what it and the quick commands must not import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qopt
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = ("torch", "scipy", "optuna", "onnx", "onnxruntime", "matplotlib", "onnxscript")
+
+
+def test_exported_names() -> None:
+    assert qopt.__all__ == [
+        "Bundle",
+        "Data",
+        "Options",
+        "Plan",
+        "QoptError",
+        "Report",
+        "__version__",
+        "load",
+        "load_data",
+        "optimize",
+    ]
+    assert all(getattr(qopt, name) is not None for name in qopt.__all__)
+    assert dir(qopt) == qopt.__all__
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="'qopt' has no attribute 'optimise'"):
+        getattr(qopt, "optimise")  # noqa: B009
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["optimize", "--help"]])
+def test_quick_commands_import_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys; sys.argv = ['qopt', *sys.argv[1:]]\n"
+        "from qopt.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        f"print([m for m in {HEAVY} if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert done.stderr.strip().endswith("[]")
+
+
+@pytest.mark.parametrize("name", ["passes", "search"])
+def test_links_at_the_top_refuse_to_be_imported(name: str) -> None:
+    link = ROOT / name
+    if not link.is_symlink():
+        pytest.skip("this checkout has no symbolic links")
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert f"import qopt.{name}" in done.stderr
