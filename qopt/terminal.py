@@ -21,12 +21,12 @@ def show(bundle: Bundle, folder: Path) -> None:
     if not console.is_terminal:
         console = Console(width=WIDE)
     report = bundle.report
-    console.print(f"target {report.target}", highlight=False)
+    console.print(f"target {report.target}", highlight=False, soft_wrap=True)
     console.print(_layers(report))
     if report.rows:
         console.print(_networks(report))
     for line in _facts(bundle, folder):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def _layers(report: Report) -> Table:

@@ -120,7 +120,7 @@ def start(task: Task, cache: Cache, progress: Progress) -> Run:
     progress("prepare the model")
     prepared = prepare(task.model)
     if not prepared.layers:
-        raise UnsupportedModelError("the model has no layer that can be quantized", where=task.name)
+        raise _no_layers(prepared, task.name)
     if data is None:
         _check_needs_no_data(options)
     shaped = None if data is None else data.shaped(prepared.input_shape)
@@ -138,6 +138,16 @@ def start(task: Task, cache: Cache, progress: Progress) -> Run:
     if data is None and options.robust:
         run.left_out.append("adversarial sensitivities, attacks and gates: they need --data")
     return run
+
+
+def _no_layers(prepared: Prepared, name: str) -> UnsupportedModelError:
+    if any(node.op_type in ("DequantizeLinear", "QuantizeLinear") for node in prepared.model.graph):
+        return UnsupportedModelError(
+            "the model is quantized already", where=name, fix="give the float model that it was made from"
+        )
+    return UnsupportedModelError(
+        "the model has no layer that can be quantized", where=name, expected="a convolution or a matrix product"
+    )
 
 
 def _check_needs_no_data(options: Options) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 import qopt
 from qopt.data import Data, Split
-from qopt.errors import InfeasibleError, UsageError
+from qopt.errors import InfeasibleError, UnsupportedModelError, UsageError
 from qopt.job.gates import judge
 from qopt.limits import Gate
 from qopt.report.model import Drop, Row, Share
@@ -224,3 +224,19 @@ def static_network(batch: int) -> onnx.ModelProto:
     logits = helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, 3])
     graph = helper.make_graph(nodes, "static", [image], [logits], tensors)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_a_file_that_qopt_made_is_quantized_already(bundle: qopt.Bundle, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(bundle.model)
+    with pytest.raises(UnsupportedModelError, match="quantized already; give the float model"):
+        optimize(path)
+
+
+def test_a_network_without_weights(tiny_data: Data) -> None:
+    class Mean(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(2).mean(2).repeat(1, 3)
+
+    with pytest.raises(UnsupportedModelError, match="no layer that can be quantized"):
+        optimize(Mean(), data=tiny_data)
