@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,6 +58,18 @@ class QuantizedWeight:
         """The weight in float32: ``codes * scale`` or ``table[codes] * scale``, rounded once, as the file computes."""
         levels = self.codes if self.table is None else self.table[self.codes.to(torch.int32)]
         return levels.to(torch.float32) * self._broadcast_scale()
+
+    def levels(self) -> tuple[Tensor, Tensor]:
+        """The multiples of the scale that a code can select, float64 (n,), ascending, and the code of each, (n,).
+
+        What any rounding method needs to know of a format, whatever its codes look like.
+        """
+        if self.table is not None:
+            multiples, first = np.unique(self.table.numpy().astype(np.float64), return_index=True)
+            return torch.from_numpy(multiples), torch.from_numpy(first).to(self.codes.dtype)
+        top = 1 if self.spec.bits == 1 else (1 << (self.spec.bits - 1)) - 1
+        codes = torch.arange(-top, top + 1, 2 if self.spec.bits == 1 else 1)
+        return codes.to(torch.float64), codes.to(self.codes.dtype)
 
     def _broadcast_scale(self) -> Tensor:
         if self.scale.ndim == 0:

@@ -295,3 +295,15 @@ def test_dequantize_is_one_float32_product() -> None:
             levels = quantized.table.numpy()[levels]
         expected = levels.astype(np.float32) * quantized.scale.numpy()[:, None]
         assert np.array_equal(quantized.dequantize().numpy(), expected)
+
+
+@pytest.mark.parametrize("text", FORMATS)
+def test_levels_are_what_codes_select(text: str) -> None:
+    weight = torch.randn(4, 300, generator=torch.Generator().manual_seed(len(text)))
+    quantized = quantize_weight(weight, WeightSpec.parse(f"{text}:tensor"))
+    levels, codes = quantized.levels()
+    assert (levels.diff() > 0).all()
+    table = codes.to(torch.float64) if quantized.table is None else quantized.table.double()[codes.long()]
+    assert torch.equal(table, levels)
+    used = (quantized.dequantize().double() / quantized.scale.double()).flatten()
+    assert (used[:, None] - levels).abs().min(dim=1).values.max() < 1e-4
