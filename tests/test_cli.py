@@ -175,7 +175,10 @@ def test_an_internal_error_is_one_line_unless_debugging(place: Path, debug: bool
 
 
 def test_interrupted_ends_with_130_and_writes_nothing(place: Path, examples: Path) -> None:
-    command = [sys.executable, "-m", "qopt", "optimize", str(examples / "fashion_resnet.pt"), "--robust", "--no-cache"]
+    # a shell that starts tests in the background has them ignore the signal, which Python would inherit
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{listen}; from qopt.cli import main; main()", "optimize"]
+    command += [str(examples / "fashion_resnet.pt"), "--robust", "--no-cache"]
     command += ["--data", str(examples / "fashion.npz"), "-o", "interrupted"]
     with subprocess.Popen(command, cwd=place, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         assert process.stderr is not None
