@@ -97,12 +97,15 @@ def optimize(
     baseline: Annotated[
         list[str] | None, typer.Option(help="Uniform plan to compare, WEIGHTS[@ACTIVATIONS]. [int4:max]")
     ] = None,
+    rounding: Annotated[str, typer.Option(help="auto (measured), nearest or gptq.")] = "auto",
     bias_correction: Annotated[str, typer.Option(help="auto (measured), on or off.")] = "auto",
+    effort: Annotated[str, typer.Option(help="How much auto tries: fast, normal or max.")] = "normal",
     mean: Annotated[str, typer.Option(help="Per-channel mean, where normalisation lies outside.")] = "",
     std: Annotated[str, typer.Option(help="Per-channel standard deviation.")] = "",
     factory: Annotated[str | None, typer.Option("--model", help="package.module:factory of a state dict.")] = None,
     input_shape: Annotated[str, typer.Option(help="Shape of one image, such as 3,32,32. [from --data]")] = "",
     trust: Annotated[bool, typer.Option("--trust", help="Load formats that can run code.")] = False,
+    calibration: Annotated[str, typer.Option(help="Calibrate on images: clean, adversarial or mixed.")] = "clean",
     calibration_images: Annotated[int, typer.Option(help="Images that ranges are observed on, at most.")] = 512,
     probe_images: Annotated[int, typer.Option(help="Images that plans are compared on, at most.")] = 256,
     attack_images: Annotated[int, typer.Option(help="Report images that are attacked, at most.")] = 1000,
@@ -120,9 +123,10 @@ def optimize(
     options: dict[str, Any] = {
         "target": target, "robust": robust, "norm": norm, "eps": eps, "limits": tuple(limit or ()),
         "gates": tuple(gate) if gate else None, "search": search, "thresholds": thresholds, "threshold": threshold,
-        "activations": activations, "bias_correction": bias_correction, "seed": seed,
-        "mean": _numbers(mean, "--mean"), "std": _numbers(std, "--std"), "calibration_images": calibration_images,
-        "probe_images": probe_images, "attack_images": attack_images,
+        "activations": activations, "rounding": rounding, "bias_correction": bias_correction,
+        "effort": effort, "seed": seed,
+        "mean": _numbers(mean, "--mean"), "std": _numbers(std, "--std"), "calibration": calibration,
+        "calibration_images": calibration_images, "probe_images": probe_images, "attack_images": attack_images,
     }  # fmt: skip
     if baseline:
         options["baselines"] = tuple(baseline)

@@ -13,11 +13,17 @@ from qopt.threat import Norm, ThreatModel, parse_eps
 
 ThresholdForm = Literal["auto", "paper", "relative", "weighted", "none"]
 BiasCorrection = Literal["auto", "on", "off"]
+Rounding = Literal["auto", "nearest", "gptq"]
+Effort = Literal["fast", "normal", "max"]
+Calibration = Literal["clean", "adversarial", "mixed"]
 
 _WORDS: dict[str, tuple[str, ...]] = {
     "norm": get_args(Norm),
     "thresholds": get_args(ThresholdForm),
     "bias_correction": get_args(BiasCorrection),
+    "rounding": get_args(Rounding),
+    "effort": get_args(Effort),
+    "calibration": get_args(Calibration),
 }
 
 
@@ -46,8 +52,13 @@ class Options:
         activations: format of activations in place of the target's, or None.
         baselines: plans to measure beside the chosen one, ``WEIGHTS`` or ``WEIGHTS@ACTIVATIONS`` (``int4:max``,
             ``int8@int4``), uniform and rounded to nearest; activations default to int8.
+        rounding: how weights become codes: ``nearest``, ``gptq``, or ``auto``, which measures on the select images.
         bias_correction: ``auto`` chooses by measurement on the select images.
+        effort: how much ``auto`` tries: ``fast`` rounds to nearest only, ``normal`` also by GPTQ, ``max`` also by GPTQ
+            around the origin, and a uniform plan beside the searched one.
         mean: per-channel mean, where normalisation lies outside the network; ``std`` likewise.
+        calibration: what the network is calibrated on: ``clean`` images, ``adversarial`` ones that PGD makes of them on
+            the float network within the threat model, or ``mixed``, which takes every second image adversarial.
         calibration_images: images that ranges and moments are observed on, at most.
         probe_images: images on which sensitivities and plans are compared, at most.
         attack_images: report images that are attacked, at most; clean accuracy is always on all.
@@ -65,9 +76,12 @@ class Options:
     threshold: float = 0.25
     activations: str | None = None
     baselines: tuple[str, ...] = ("int4:max",)
+    rounding: Rounding = "auto"
     bias_correction: BiasCorrection = "auto"
+    effort: Effort = "normal"
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    calibration: Calibration = "clean"
     calibration_images: int = 512
     probe_images: int = 256
     attack_images: int = 1000

@@ -12,14 +12,13 @@ from pydantic import Field, ValidationError, WithJsonSchema, field_validator
 
 from qopt.documents import Document, first_problem, read
 from qopt.errors import PlanError, nearest
-from qopt.spec import FLOAT, FLOAT_ACTIVATION, ActivationSpec, WeightSpec
+from qopt.spec import FLOAT, FLOAT_ACTIVATION, WEIGHT_PATTERN, ActivationSpec, WeightSpec
 
 SCHEMA: Literal[1] = 1
 """The version of the file format; a reader refuses any other."""
 
-_WEIGHT = r"^(float|(int|log)[1-8](:(tensor|channel)(:(max|mse))?|:(max|mse)(:(tensor|channel))?)?)$"
-_ACTIVATION = r"^(float|int[2-8](:(minmax|p100|p[5-9][0-9](\.[0-9]+)?))?)$"
-WeightText = Annotated[str, WithJsonSchema({"type": "string", "pattern": _WEIGHT})]
+_ACTIVATION = r"^(float|int[1-8](:(minmax|mse|entropy|clip[16]|p100|p[5-9][0-9](\.[0-9]+)?))?)$"
+WeightText = Annotated[str, WithJsonSchema({"type": "string", "pattern": WEIGHT_PATTERN})]
 ActivationText = Annotated[str, WithJsonSchema({"type": "string", "pattern": _ACTIVATION})]
 
 
@@ -52,7 +51,7 @@ class Plan(Document):
         activations: tensor name or glob to activation spec.
         ranges: tensor name to the calibrated ``(low, high)``; tensors without one are calibrated from data.
         ties: groups of layers that must share one format.
-        rounding: how weights become codes.
+        rounding: how weights become codes: each to the nearest level, or by GPTQ on the inputs of its layer.
         bias_correction: whether the biases absorb the mean shift that quantized weights cause.
         model: SHA-256 of the prepared graph the plan was made for, or empty for a plan that fits any.
         data: SHA-256 of the images that calibrated it, or empty.
@@ -65,7 +64,7 @@ class Plan(Document):
     activations: dict[str, ActivationText] = Field(default_factory=dict)
     ranges: dict[str, tuple[float, float]] = Field(default_factory=dict)
     ties: list[list[str]] = Field(default_factory=list)
-    rounding: Literal["nearest"] = "nearest"
+    rounding: Literal["nearest", "gptq"] = "nearest"
     bias_correction: bool = False
     model: str = ""
     data: str = ""

@@ -22,6 +22,12 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "fold-weights": "qopt.passes.fold_weights:FoldWeights",
         "unshare": "qopt.passes.unshare:Unshare",
     },
+    "qopt.quantizers": {
+        "binary": "qopt.quant.few_levels:Binary",
+        "linear": "qopt.quant.linear:Linear",
+        "log": "qopt.quant.logarithmic:Logarithmic",
+        "ternary": "qopt.quant.few_levels:Ternary",
+    },
 }
 """Entry-point group to built-in name to ``module:attribute``."""
 

@@ -25,7 +25,9 @@ from qopt.passes.fold_weights import FoldWeights
 from qopt.passes.insert_activation_quantizers import InsertActivationQuantizers
 from qopt.passes.insert_weight_quantizers import InsertWeightQuantizers
 from qopt.passes.round_biases import RoundBiases
+from qopt.passes.round_gptq import RoundGPTQ
 from qopt.passes.unshare import Unshare
+from qopt.passes.watcher import live_bytes
 from qopt.plan import Plan
 from qopt.quant import AffineRange, QuantizedWeight, RangeObserver, quantize_weight
 from qopt.seeds import derive
@@ -35,7 +37,13 @@ BATCH = 64
 """Calibration images per run where the batch axis is dynamic."""
 
 BIAS_IMAGES = 256
-"""Calibration images on which biases are corrected; those of one layer are in memory at once."""
+"""Calibration images on which biases are corrected, at most."""
+
+ROUNDING_IMAGES = 512
+"""Calibration images that rounding methods see, at most."""
+
+ACTIVATION_BYTES = 1 << 29
+"""The activations that passes which run all their images side by side may hold at once; fewer images where more."""
 
 
 @final
@@ -82,6 +90,7 @@ class Quantizer:
     seconds: dict[str, float] = field(default_factory=dict)
     _weights: dict[tuple[str, WeightSpec], QuantizedWeight] = field(default_factory=dict)
     _observers: dict[str, RangeObserver] = field(default_factory=dict)
+    _bounds: dict[tuple[str, ActivationSpec], tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.calibration is not None:
@@ -118,8 +127,8 @@ class Quantizer:
         """Make ``plan`` real.
 
         Raises:
-            PlanError: it was made for another network, names what this one does not have, or quantizes activations
-                without ranges or data.
+            PlanError: it was made for another network, names what this one does not have, or asks without data for
+                what needs images: activations without ranges, bias correction, rounding by GPTQ.
         """
         if plan.model not in ("", self.prepared.digest):
             raise PlanError(
@@ -134,11 +143,13 @@ class Quantizer:
             if not specs[layer.name].is_float
         }
         activations = self._activations(plan)
-        corrector = self._corrector() if plan.bias_correction else None
+        rounder = self._rounder(plan.bias_correction) if plan.rounding == "gptq" and weights else None
+        corrector = rounder or (self._corrector() if plan.bias_correction else None)
         steps: list[Pass] = [InsertWeightQuantizers(weights), InsertActivationQuantizers(activations)]
         steps += [corrector] if corrector else []
         first = Pipeline(steps, self.sample)
         graph = first(copy.deepcopy(self.float_graph))
+        weights |= rounder.weights if rounder else {}
         quantized = Quantized(weights, dict(corrector.biases) if corrector else {}, activations)
         second = Pipeline((RoundBiases(self._kernel_biases(quantized)), FoldWeights()), self.sample)
         graph = second(graph)
@@ -158,21 +169,23 @@ class Quantizer:
     def _ranges(self, plan: Plan) -> dict[str, tuple[float, float]]:
         """The plan's own ranges where it has them, observed ones for every other tensor it quantizes."""
         specs = self._quantized_tensors(plan)
-        missing = {name: spec.percentile for name, spec in specs.items() if name not in plan.ranges}
+        missing = {name: spec for name, spec in specs.items() if name not in plan.ranges}
         known = {**plan.ranges, **(self._observed(missing) if missing else {})}
         return {name: known[name] for name in specs}
 
-    def _observed(self, percentiles: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+    def _observed(self, specs: Mapping[str, ActivationSpec]) -> dict[str, tuple[float, float]]:
         if self.calibration is None:
             raise PlanError(
                 "the plan quantizes activations and there is nothing to calibrate them on",
-                where=next(iter(percentiles)), fix="give --data, or ranges in the plan",
+                where=next(iter(specs)), fix="give --data, or ranges in the plan",
             )  # fmt: skip
         calibrate = Calibrate(self.calibration, self.prepared.batch or BATCH, dict(self._observers))
         if not self._observers:
             Pipeline((calibrate,), self.sample)(self.float_graph)
             self._observers.update(calibrate.observers)  # only now: what an error cut short must not be used later
-        return calibrate.bounds(percentiles)
+        found = calibrate.bounds({n: spec for n, spec in specs.items() if (n, spec) not in self._bounds})
+        self._bounds.update({(name, specs[name]): bounds for name, bounds in found.items()})
+        return {name: self._bounds[name, spec] for name, spec in specs.items()}
 
     def _activations(self, plan: Plan) -> dict[str, AffineRange]:
         ranges = {
@@ -181,11 +194,20 @@ class Quantizer:
         return {value: ranges[name] for name, values in self.tensors.items() if name in ranges for value in values}
 
     def _corrector(self) -> CorrectBiases:
+        images = self._images(BIAS_IMAGES, 1, "bias correction", "bias_correction")
+        return CorrectBiases(images, self.float_graph, self.prepared.batch or BATCH)
+
+    def _rounder(self, centred: bool) -> RoundGPTQ:
+        images = self._images(ROUNDING_IMAGES, 2, "rounding by GPTQ", "rounding")
+        return RoundGPTQ(images, self.float_graph, self.prepared.batch or BATCH, centred=centred)
+
+    def _images(self, most: int, networks: int, what: str, key: str) -> Tensor:
+        """The first calibration images, as many as fit into memory where ``networks`` run all of them side by side."""
         if self.calibration is None:
-            raise PlanError("bias correction needs images", where="bias_correction", fix="give --data")
-        batch = self.prepared.batch
-        count = BIAS_IMAGES if batch is None else max(BIAS_IMAGES // batch, 1) * batch
-        return CorrectBiases(self.calibration[:count], self.float_graph, batch or BATCH)
+            raise PlanError(f"{what} needs images", where=key, fix="give --data")
+        batch = self.prepared.batch or 1
+        held = networks * live_bytes(self.float_graph, self.calibration[:batch])
+        return self.calibration[: max(min(most // batch, ACTIVATION_BYTES // held), 1) * batch]
 
 
 def whole_batches(images: Tensor, batch: int | None) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import final
 
-from qopt.spec import WeightSpec
+from qopt.spec import Grid, WeightSpec
 
 SCALE_BYTES = 4
 """A scale is one float32."""
@@ -16,16 +16,25 @@ SCALE_BYTES = 4
 @final
 @dataclass(frozen=True)
 class Stored:
-    """One weight tensor as the file holds it: its number of weights, its output channels and its format."""
+    """One weight tensor as the file holds it.
+
+    Attributes:
+        weights: number of weights.
+        channels: number of output channels.
+        spec: the format.
+        grid: which grid an ``auto`` format took; ``auto`` while that is open, which counts the tables of all of them.
+    """
 
     weights: int
     channels: int
     spec: WeightSpec
+    grid: Grid = "auto"
 
     @property
     def code_bytes(self) -> int:
         """Bytes of the packed codes, in the container that the format occupies."""
-        return ceil(self.weights * self.spec.container_bits / 8)
+        packing = self.spec.packing
+        return ceil(self.weights / packing.codes) * packing.bytes
 
     @property
     def bytes(self) -> int:
@@ -35,13 +44,22 @@ class Stored:
         return self.code_bytes + (self.channels if self.spec.granularity == "channel" else 1) * SCALE_BYTES
 
 
-def table_bytes(spec: WeightSpec) -> int:
-    """Bytes of the table that turns a format's codes into levels: int8, or float32 for log formats above 4 bits."""
-    if spec.is_float or (spec.kind == "int" and spec.container_bits != 2):
-        return 0
-    if spec.container_bits == 2:
-        return 256 * 4
-    return (1 << spec.container_bits) * (1 if spec.bits <= 4 else 4)
+def tables(spec: WeightSpec, grid: Grid = "auto") -> dict[str, int]:
+    """Name to bytes of the constants that turn a format's codes into levels; tensors share those of equal names.
+
+    Codes that share bytes in other ways than ONNX knows need the powers of their base to be taken apart. Codes that
+    are no levels themselves need a table: int8, or float32 for log formats and plugins above 4 bits.
+    """
+    base, codes, size = spec.packing
+    if spec.is_float:
+        return {}
+    found = {f"base{base}": 4 * (1 + codes) + (4 * size if size > 1 else 0)} if base <= 8 else {}
+    return found | dict.fromkeys(_level_tables(spec, grid), base * (1 if base <= 16 else 4))
+
+
+def table_bytes(spec: WeightSpec, grid: Grid = "auto") -> int:
+    """Bytes of all `tables` of one format."""
+    return sum(tables(spec, grid).values())
 
 
 def stored_bytes(tensors: Iterable[Stored]) -> int:
@@ -50,15 +68,18 @@ def stored_bytes(tensors: Iterable[Stored]) -> int:
     The shapes that a file spells out as integers beside them are structure, as strides are, and not counted.
     """
     items = list(tensors)
-    tables = {_table(t.spec): table_bytes(t.spec) for t in items}
-    return sum((t.bytes for t in items), 0) + sum(tables.values())
+    shared = {name: size for item in items for name, size in tables(item.spec, item.grid).items()}
+    return sum((t.bytes for t in items), 0) + sum(shared.values())
 
 
-def _table(spec: WeightSpec) -> tuple[str, int]:
-    """What tells the tables of a file apart: codes of one bit are signs in a 2-bit container, whatever their kind."""
-    if spec.container_bits == 2:
-        return ("int" if spec.bits == 1 else spec.kind), 2
-    return spec.kind, spec.bits
+def _level_tables(spec: WeightSpec, grid: Grid) -> list[str]:
+    if spec.quantizer in ("binary", "ternary"):
+        return [spec.quantizer]
+    if spec.quantizer != "linear":
+        return [spec.short]
+    chosen = spec.grid if spec.grid != "auto" else "narrow" if spec.scale == "max" else grid
+    linear = [spec.short] if spec.bits <= 3 and chosen != "mid" else []
+    return linear + ([f"mid{spec.bits}"] if spec.bits <= 4 and chosen in ("mid", "auto") else [])
 
 
 def code_bits(tensors: Iterable[Stored]) -> float:

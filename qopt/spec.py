@@ -1,78 +1,115 @@
 """The format of one tensor: what `int4`, `log4:channel:mse` or `float` mean, and what each costs in storage.
 
-A weight spec is ``kind bits [":" granularity] [":" scale]``:
+A weight spec is ``format [":" granularity] [":" scale] [":" grid]``, options in any order:
 
-- kind: ``int`` (linear, symmetric) or ``log`` (power of two), 1 to 8 bits; ``float`` leaves the weight as it is;
+- format: ``int`` (linear) or ``log`` (power of two) and 1 to 8 bits; ``ternary``; ``float``, which leaves the weight as
+  it is; or ``name@bits``, a quantizer that a plugin brings;
 - granularity: ``channel`` (a scale per output channel, the default) or ``tensor``;
-- scale: ``mse`` (mean-square-optimal, the default) or ``max`` (max-abs).
+- scale: ``mse`` (mean-square-optimal, the default) or ``max`` (max-abs);
+- grid of ``int`` with 2 bits and more under ``mse``: ``narrow`` (symmetric), ``full`` (two's complement, its longer
+  side turned to either sign), ``mid`` (2**bits levels at odd multiples of half a step, none at zero; up to 4 bits) or
+  ``auto`` (the one of lowest squared error, the default). Under ``max`` the grid is narrow.
 
-An activation spec is ``int`` with 2 to 8 bits and a calibrator, ``minmax`` (the default) or ``pXX`` (percentile XX of
-the observed values): ``int8``, ``int4:p99.9``, or ``float``.
+An activation spec is ``int`` with 1 to 8 bits and a calibrator: ``minmax`` (the default), ``pXX`` (percentile XX of
+the observed values), ``mse`` (least squared error), ``entropy`` (Kullback-Leibler), ``clip1`` or ``clip6`` (ReLU1,
+ReLU6): ``int8``, ``int4:p99.9``, ``int4:mse``, or ``float``.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Literal, NamedTuple, cast, final, get_args
 
 from qopt.errors import PlanError
 
-Kind = Literal["float", "int", "log"]
 Granularity = Literal["channel", "tensor"]
 Scale = Literal["mse", "max"]
+Grid = Literal["auto", "narrow", "full", "mid"]
+Calibrator = Literal["percentile", "mse", "entropy", "clip1", "clip6"]
 
-_WEIGHT = re.compile(r"(int|log)([1-8])((?::[a-z]+)*)")
-_ACTIVATION = re.compile(r"int([2-8])(?::(minmax|p[0-9]{1,2}(?:\.[0-9]+)?|p100))?")
+_EITHER = "tensor|channel|max|mse"
+_GRIDS = "auto|narrow|full|mid"
+_NOT_TWICE = "".join(f"(?!.*:({group}).*:({group}))" for group in ("tensor|channel", "max|mse", _GRIDS))
+WEIGHT_PATTERN = (
+    rf"^{_NOT_TWICE}(?!.*:max.*:({_GRIDS}))(?!.*:({_GRIDS}).*:max)(float"
+    rf"|(int1|log[1-8]|ternary|(?!(float|int|log|ternary|linear|binary)@)[a-z][a-z0-9_]*@[1-8])(:({_EITHER}))*"
+    rf"|int[2-8](:({_EITHER}|auto|narrow|full))*|int[2-4](:({_EITHER}|{_GRIDS}))*)$"
+)
+"""The grammar of weight specs as a regular expression, for `parse` and for the JSON schema of plans."""
+
+_ACTIVATION = re.compile(r"int([1-8])(?::(minmax|mse|entropy|clip1|clip6|p[0-9]{1,2}(?:\.[0-9]+)?|p100))?")
+
+
+@final
+class Packing(NamedTuple):
+    """How codes share bytes: every ``codes`` digits of base ``base`` fill ``bytes`` bytes, the first digit lowest."""
+
+    base: int
+    codes: int
+    bytes: int
+
+
+_FLOAT32 = Packing(2**32, 1, 4)
+_TERNARY = Packing(3, 5, 1)
+_BITS = {1: Packing(2, 8, 1), 2: Packing(4, 4, 1), 3: Packing(8, 8, 3), 4: Packing(16, 2, 1)}
+_WIDE = Packing(256, 1, 1)
 
 
 @final
 @dataclass(frozen=True, order=True)
 class WeightSpec:
-    """The format of one weight tensor. ``bits`` counts the information; `container_bits` what is stored."""
+    """The format of one weight tensor.
 
-    kind: Kind = "float"
+    Attributes:
+        kind: ``float``, ``int``, ``log``, ``ternary``, or the name of a plugin in `qopt.quantizers`.
+        bits: bits of a code that is stored by itself: 2 for ternary; `container_bits` is what a code occupies.
+        granularity: what shares a scale.
+        scale: how the scale is found.
+        grid: which levels a linear format has; ``auto`` for all that have no choice.
+    """
+
+    kind: str = "float"
     bits: int = 32
     granularity: Granularity = "channel"
     scale: Scale = "mse"
+    grid: Grid = "auto"
 
     @staticmethod
     def parse(text: str) -> WeightSpec:
         """Read ``text``; raises PlanError where it is no weight spec."""
         word = text.strip()
+        if re.fullmatch(WEIGHT_PATTERN, word) is None:
+            known = re.fullmatch(WEIGHT_PATTERN, word.split(":")[0])
+            raise PlanError(
+                "unknown or repeated option in a weight format" if known else "not a weight format", got=repr(text),
+                expected="float, int1..int8, log1..log8, ternary or name@1..name@8, then :tensor|channel and :max|mse, "
+                "each once, and behind int2..int8 without :max one of :narrow|full|auto, up to int4 also :mid",
+            )  # fmt: skip
         if word == "float":
             return FLOAT
-        match = _WEIGHT.fullmatch(word)
-        if match is None:
-            raise PlanError(
-                "not a weight format", expected="float, int1..int8 or log1..log8, then :tensor|channel, :max|mse",
-                got=repr(text),
-            )  # fmt: skip
-        options = [o for o in match[3].split(":") if o]
-        granularity = [o for o in options if o in ("channel", "tensor")]
-        scale = [o for o in options if o in ("mse", "max")]
-        if len(granularity) + len(scale) != len(options) or len(granularity) > 1 or len(scale) > 1:
-            raise PlanError(
-                "unknown or repeated option in a weight format", expected=":tensor|channel and :max|mse, each once",
-                got=repr(text),
-            )  # fmt: skip
+        format_, *options = word.split(":")
+        grid = next((option for option in options if option in get_args(Grid)), "auto")
         return WeightSpec(
-            kind="int" if match[1] == "int" else "log",
-            bits=int(match[2]),
-            granularity="tensor" if granularity == ["tensor"] else "channel",
-            scale="max" if scale == ["max"] else "mse",
+            kind="ternary" if format_ == "ternary" else format_[:-1].removesuffix("@"),
+            bits=2 if format_ == "ternary" else int(format_[-1]),
+            granularity="tensor" if "tensor" in options else "channel",
+            scale="max" if "max" in options else "mse",
+            grid=cast(Grid, grid),
         )
 
     def __str__(self) -> str:
         if self.kind == "float":
             return "float"
         options = (":tensor" if self.granularity == "tensor" else "") + (":max" if self.scale == "max" else "")
-        return f"{self.kind}{self.bits}{options}"
+        return f"{self.short}{options}" + (f":{self.grid}" if self.grid != "auto" else "")
 
     @property
     def short(self) -> str:
-        """The spec without its options: ``int4``, ``log4``, ``float``."""
-        return "float" if self.kind == "float" else f"{self.kind}{self.bits}"
+        """The spec without its options: ``int4``, ``log4``, ``ternary``, ``float``."""
+        if self.kind in ("float", "ternary"):
+            return self.kind
+        return f"{self.kind}{self.bits}" if self.kind in ("int", "log") else f"{self.kind}@{self.bits}"
 
     @property
     def is_float(self) -> bool:
@@ -80,9 +117,29 @@ class WeightSpec:
         return self.kind == "float"
 
     @property
-    def container_bits(self) -> int:
-        """Bits that one code occupies in the file: 2, 4 or 8 for 1-2, 3-4 and 5-8 bits; 32 for float."""
-        return 32 if self.is_float else 2 if self.bits <= 2 else 4 if self.bits <= 4 else 8
+    def quantizer(self) -> str:
+        """Name of its quantizer in the group `qopt.quantizers`; one bit is binary for linear and log formats."""
+        if self.bits == 1 and self.kind in ("int", "log"):
+            return "binary"
+        return {"int": "linear"}.get(self.kind, self.kind)
+
+    @property
+    def full_range(self) -> bool:
+        """Whether linear codes reach down to -2**(bits-1), one below the narrow grid."""
+        return self.quantizer == "linear" and self.scale == "mse" and self.grid in ("auto", "full")
+
+    @property
+    def packing(self) -> Packing:
+        """How its codes share bytes in the file; a float weight is one code of 4 bytes."""
+        if self.is_float:
+            return _FLOAT32
+        return _TERNARY if self.kind == "ternary" else _BITS.get(self.bits, _WIDE)
+
+    @property
+    def container_bits(self) -> float:
+        """Bits that one code occupies in the file: 1, 1.6 (ternary), 2, 3, 4, 8 for 5 to 8 bits, and 32 for float."""
+        bits, codes = 8 * self.packing.bytes, self.packing.codes
+        return bits / codes if bits % codes else bits // codes
 
 
 FLOAT = WeightSpec()
@@ -91,14 +148,26 @@ FLOAT = WeightSpec()
 @final
 @dataclass(frozen=True, order=True)
 class ActivationSpec:
-    """The format of one activation tensor: unsigned or signed affine codes in an 8-bit container, or float.
+    """The format of one activation tensor: unsigned affine codes in an 8-bit container, or float.
 
-    ``percentile`` in (0, 100]: the calibrated range is the central part of the observed values that holds this
-    percentage on either side; 100 is min-max.
+    ``calibrator`` chooses the range that the codes cover, from the values observed on calibration images:
+
+    - ``percentile``: the central part that leaves out ``100 - percentile`` percent on either side; ``percentile`` in
+      (50, 100], 100 is min-max;
+    - ``mse``: the range of least squared error, clipping and rounding together;
+    - ``entropy``: the range whose codes keep the distribution best, in Kullback-Leibler divergence;
+    - ``clip1``, ``clip6``: [0, 1] or [0, 6] where nothing is below 0 (METHODS: DoReFa, ReLU1, ReLU6), else min-max.
+
+    Raises PlanError for a percentile beside another calibrator.
     """
 
     bits: int = 32
     percentile: float = 100.0
+    calibrator: Calibrator = "percentile"
+
+    def __post_init__(self) -> None:
+        if self.calibrator != "percentile" and self.percentile != 100:
+            raise PlanError("only the calibrator percentile takes a percentile", got=f"{self.calibrator}, {self!r}")
 
     @staticmethod
     def parse(text: str) -> ActivationSpec:
@@ -107,17 +176,23 @@ class ActivationSpec:
         if word == "float":
             return FLOAT_ACTIVATION
         match = _ACTIVATION.fullmatch(word)
-        percentile = float(match[2][1:]) if match and match[2] and match[2] != "minmax" else 100.0
+        option = (match[2] or "minmax") if match else "minmax"
+        percentile = float(option[1:]) if option.startswith("p") else 100.0
         if match is None or not percentile > 50.0:
             raise PlanError(
-                "not an activation format", expected="float or int2..int8, then :minmax or :pXX with XX above 50",
+                "not an activation format",
+                expected="float or int1..int8, then :minmax, :mse, :entropy, :clip1, :clip6 or :pXX with XX above 50",
                 got=repr(text),
-            )  # fmt: skip
+            )
+        if option in ("mse", "entropy", "clip1", "clip6"):
+            return ActivationSpec(int(match[1]), calibrator=cast(Calibrator, option))
         return ActivationSpec(int(match[1]), percentile)
 
     def __str__(self) -> str:
         if self.is_float:
             return "float"
+        if self.calibrator != "percentile":
+            return f"int{self.bits}:{self.calibrator}"
         percentile = f"{self.percentile!r}".removesuffix(".0")  # the shortest text that reads back as this number
         return f"int{self.bits}" + (f":p{percentile}" if self.percentile < 100 else "")
 

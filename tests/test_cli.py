@@ -69,10 +69,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_right_input_from_start_to_end(place: Path) -> None:
     done = run(
         "optimize", "model.onnx", "--robust", "--data", "data.npz", "--eps", "8/255", "--gate", "clean_drop<=100",
-        "-o", "out", cwd=place,
+        "--calibration", "mixed", "--activations", "int8:mse", "-o", "out", cwd=place,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("target int4: weights int2, log2, int4")
+    assert done.stdout.startswith("target int4: weights ternary, int2, int3, int4")
     for word in (
         "conv.weight",
         "fc.weight",
@@ -86,6 +86,7 @@ def test_right_input_from_start_to_end(place: Path) -> None:
         assert word in done.stdout
     assert "report   out/report.md" in done.stdout
     assert "attacking the float network" in done.stderr
+    assert "mixed images to calibrate on" in done.stderr
     assert {p.name for p in (place / "out").iterdir()} >= {"model.onnx", "plan.json", "report.md", "manifest.json"}
 
 
@@ -123,6 +124,8 @@ def test_a_failed_gate_ends_with_1_and_is_emitted(place: Path) -> None:
         (["model.onnx", "--gate", "clean_drop<=1"], 2, "give --data"),
         (["model.onnx", "--eps", "wide", "--robust"], 2, "eps is not a number"),
         (["model.onnx", "--search", "gready"], 2, "did you mean 'greedy'"),
+        (["model.onnx", "--calibration", "mixed"], 2, "--calibration: adversarial images are made of images"),
+        (["model.onnx", "--calibration", "dirty"], 2, "expected clean, adversarial, mixed"),
         (["model.onnx", "--mean", "a,b"], 2, "--mean: not a list of numbers"),
         (["model.onnx", "--input-shape", "1,x"], 2, "--input-shape: not a list of numbers"),
         (["model.onnx", "--data", "no_such_module:make"], 2, "no_such_module"),
@@ -183,7 +186,7 @@ def test_interrupted_ends_with_130_and_writes_nothing(place: Path, examples: Pat
     with subprocess.Popen(command, cwd=place, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if "attacking" in line:
+            if "second moments" in line:
                 break
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)

@@ -215,6 +215,22 @@ class TestRanges:
         some = quantizer.apply(uniform(activations=ActivationSpec.parse("int8:p90"))).plan.ranges
         assert all(full[name][0] <= some[name][0] <= some[name][1] < full[name][1] for name in TENSORS)
 
+    def test_calibrators_are_kept_apart(self, quantizer: Quantizer) -> None:
+        """Bounds are computed once per tensor and spec; a quantizer that has seen other specs gives the same."""
+        texts = ["int8", "int4:mse", "int2:mse", "int4:entropy", "int4:clip1", "int8:p90", "int4:mse"]
+        seen = [quantizer.apply(uniform(activations=ActivationSpec.parse(text))).plan.ranges for text in texts]
+        for text, ranges in zip(texts, seen, strict=True):
+            alone = Quantizer(quantizer.prepared, quantizer.calibration)
+            assert alone.apply(uniform(activations=ActivationSpec.parse(text))).plan.ranges == ranges
+        assert seen[1] == seen[-1]
+        assert len({str(ranges) for ranges in seen[:-1]}) == len(texts) - 1
+
+    @pytest.mark.parametrize("text", ["int1", "int1:mse", "int1:clip1", "int2:mse", "int4:mse", "int8:entropy"])
+    def test_the_file_computes_what_the_twin_does(self, text: str, quantizer: Quantizer, dynamic: Prepared) -> None:
+        applied = quantizer.apply(uniform(INT4, ActivationSpec.parse(text)))
+        found = file_logits(dynamic, applied.quantized, quantizer.sample)
+        np.testing.assert_allclose(found, logits(applied.graph, quantizer.sample).numpy(), atol=1e-4)
+
     def test_ranges_of_tensors_that_stay_float_are_dropped(self, quantizer: Quantizer) -> None:
         applied = quantizer.apply(Plan(activations={"r1": "int8"}, ranges={"r2": (0.0, 1.0), "r1": (0.0, 2.0)}))
         assert applied.plan.ranges == {"r1": (0.0, 2.0)}
@@ -268,7 +284,8 @@ class TestErrors:
             (uniform(activations=A8), r"^x: .*nothing to calibrate them on.*--data"),
             (Plan(activations={"r2": "int4"}), r"^r2: .*nothing to calibrate"),
             (uniform(activations=A8, ranges={"x": (0.0, 1.0)}), r"^r1: .*nothing to calibrate"),
-            (uniform(INT4, bias_correction=True), r"bias correction needs images.*--data"),
+            (uniform(INT4, bias_correction=True), r"^bias_correction: bias correction needs images.*--data"),
+            (uniform(INT4, rounding="gptq"), r"^rounding: rounding by GPTQ needs images.*--data"),
         ],
     )
     def test_what_needs_data(self, plan: Plan, message: str, dynamic: Prepared) -> None:
@@ -295,13 +312,16 @@ class TestErrors:
             quantizer.apply(uniform(INT4))
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
 @pytest.mark.parametrize("bias_correction", [False, True])
 @pytest.mark.parametrize("activations", ["float", "int8", "int4:p99.9"])
 @pytest.mark.parametrize("weights", ["int2", "int4", "log4", "int8:tensor:max"])
-def test_twin_and_file_agree(weights: str, activations: str, bias_correction: bool, quantizer: Quantizer) -> None:
+def test_twin_and_file_agree(
+    weights: str, activations: str, bias_correction: bool, rounding: str, quantizer: Quantizer
+) -> None:
     plan = uniform(
-        WeightSpec.parse(weights), ActivationSpec.parse(activations), bias_correction=bias_correction
-    )  # fmt: skip
+        WeightSpec.parse(weights), ActivationSpec.parse(activations), bias_correction=bias_correction, rounding=rounding
+    )
     applied = quantizer.apply(plan)
     sample = images(40, 3)
     found = file_logits(quantizer.prepared, applied.quantized, sample)
@@ -319,8 +339,13 @@ class TestStaticBatch:
     @pytest.mark.parametrize("count", [1, 2, 3, 7, 50, 257])
     @pytest.mark.parametrize(
         "plan",
-        [uniform(INT4), uniform(INT4, A8), uniform(INT4, A8, bias_correction=True)],
-        ids=["weights", "activations", "biases"],
+        [
+            uniform(INT4),
+            uniform(INT4, A8),
+            uniform(INT4, A8, bias_correction=True),
+            uniform(INT4, A8, bias_correction=True, rounding="gptq"),
+        ],
+        ids=["weights", "activations", "biases", "gptq"],
     )
     def test_any_number_of_images(self, count: int, plan: Plan, static: Prepared) -> None:
         sample = images(count)
@@ -353,6 +378,73 @@ class TestStaticBatch:
     )
     def test_whole_batches(self, count: int, batch: int | None, expected: list[int]) -> None:
         assert whole_batches(torch.arange(count), batch).tolist() == expected
+
+
+class TestRounding:
+    """Plans that round by GPTQ."""
+
+    def test_it_brings_the_logits_closer_to_float(self, quantizer: Quantizer) -> None:
+        sample = images(50)
+        reference = logits(quantizer.float_graph, sample)
+        plan = uniform(WeightSpec.parse("int3"), A8)
+        plans = [plan.with_changes(rounding=r, bias_correction=b) for r in ("nearest", "gptq") for b in (False, True)]
+        nearest, corrected, rounded, both = (
+            float((logits(quantizer.apply(p).graph, sample) - reference).square().mean()) for p in plans
+        )
+        assert rounded < 0.5 * nearest
+        assert both < 0.5 * corrected
+
+    def test_bias_correction_lets_the_biases_absorb_the_mean(self, quantizer: Quantizer) -> None:
+        sample = images(50)
+        reference = logits(quantizer.float_graph, sample).mean(0)
+        plan = uniform(WeightSpec.parse("int2"), rounding="gptq")
+        applied = [quantizer.apply(plan.with_changes(bias_correction=correct)) for correct in (False, True)]
+        assert applied[0].quantized.biases == {}
+        assert {layer for layer, _ in applied[1].quantized.biases} == {x.name for x in quantizer.prepared.layers}
+        gaps = [float((logits(a.graph, sample).mean(0) - reference).abs().max()) for a in applied]
+        assert gaps[1] < EXACT < gaps[0]
+
+    def test_the_codes_that_are_emitted_are_new_and_those_of_nearest_stay_cached(self, quantizer: Quantizer) -> None:
+        before = quantizer.apply(uniform(INT4)).quantized.weights
+        kept = {name: weight.codes.clone() for name, weight in before.items()}
+        applied = quantizer.apply(uniform(INT4, rounding="gptq"))
+        assert list(applied.quantized.weights) == list(before)
+        assert any(not torch.equal(w.codes, before[name].codes) for name, w in applied.quantized.weights.items())
+        for name, weight in quantizer.apply(uniform(INT4)).quantized.weights.items():
+            assert weight is before[name]
+            assert torch.equal(weight.codes, kept[name])
+        assert "5 weights rounded by GPTQ" in applied.notes
+        assert "round-gptq" in applied.seconds
+
+    def test_layers_that_the_plan_leaves_float_stay(self, quantizer: Quantizer) -> None:
+        plan = Plan(weights={"block": "int3"}, rounding="gptq", bias_correction=True)
+        quantized = quantizer.apply(plan).quantized
+        assert set(quantized.weights) == {"block"}
+        assert set(quantized.biases) == {("block", 0)}
+
+    def test_a_float_plan_needs_no_images(self, dynamic: Prepared) -> None:
+        assert Quantizer(dynamic).apply(uniform(rounding="gptq")).quantized.weights == {}
+
+    def test_applying_twice_gives_the_same(self, quantizer: Quantizer) -> None:
+        plan = uniform(INT4, A4, bias_correction=True, rounding="gptq")
+        one, two = quantizer.apply(plan), quantizer.apply(plan)
+        for name, weight in one.quantized.weights.items():
+            assert torch.equal(weight.codes, two.quantized.weights[name].codes)
+            assert torch.equal(weight.scale, two.quantized.weights[name].scale)
+
+    @pytest.mark.parametrize(("kept", "count"), [(100, 50), (3, 3), (3.9, 3), (0.1, 1)])
+    def test_images_are_as_many_as_memory_takes(
+        self, kept: float, count: int, dynamic: Prepared, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """At most alive for an image, in each of two networks: c2 and s while they are added, and their sum, 4x6x6."""
+        sample = images(50)
+        sample[count:] = 7.0
+        plan = uniform(INT4, rounding="gptq", bias_correction=True)
+        alone = Quantizer(dynamic, sample[:count].clone()).apply(plan)
+        monkeypatch.setattr("qopt.quantize.ACTIVATION_BYTES", int(kept * 2 * 4 * 36 * (4 + 4 + 4)))
+        limited = Quantizer(dynamic, sample).apply(plan)
+        for key, bias in alone.quantized.biases.items():
+            assert torch.equal(limited.quantized.biases[key], bias)
 
 
 def test_bias_correction_moves_the_logits_towards_float(quantizer: Quantizer) -> None:

@@ -75,7 +75,7 @@ def smallest_scales(biases: Iterable[tuple[NDArray[np.float32], AffineRange]], c
 
 
 def fit_scales(weight: QuantizedWeight, smallest: Tensor) -> QuantizedWeight:
-    """``weight`` with no scale below ``smallest`` (channels,), its codes rounded again where the scale grows.
+    """``weight`` with no scale of a magnitude below ``smallest`` (channels,), codes rounded again where a scale grows.
 
     What changes is below the last bit of the bias. A channel of zeros, where any scale gives zero, gets the smallest
     one: its bias then is as exact as 30 bits are.
@@ -86,7 +86,7 @@ def fit_scales(weight: QuantizedWeight, smallest: Tensor) -> QuantizedWeight:
     zero = (weight.dequantize() == 0).movedim(weight.axis, 0).reshape(len(rows), -1).all(dim=1)
     old = weight.scale.reshape(-1)
     floor = smallest if per_channel else smallest.max(dim=0, keepdim=True).values
-    new = torch.where(zero, floor, torch.maximum(old, floor))
+    new = torch.where(zero, floor, torch.maximum(old.abs(), floor)) * torch.where(old < 0, -1.0, 1.0)
     for row in torch.nonzero(new != old).flatten().tolist():
         rows[row] = _recode(rows[row], weight.table, 0.0 if zero[row] else float(old[row]) / float(new[row]))
     codes = rows.reshape(shape).movedim(0, weight.axis).contiguous()

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qopt.errors import VerificationError
 from qopt.graph.names import unique, value_names
 from qopt.runtime.patterns import Subgraph
 from qopt.runtime.values import constant
@@ -40,10 +41,18 @@ class Additions:
         return value
 
     def shared(self, wanted: str, array: NDArray[Any]) -> ir.Value:
-        """The initializer that all who ask for ``wanted`` share; ``array`` is the same each time."""
+        """The initializer that all who ask for ``wanted`` share.
+
+        Raises:
+            VerificationError: ``array`` is not what the first one asked for.
+        """
         if wanted not in self._shared:
             self._shared[wanted] = self.constant(wanted, array)
-        return self._shared[wanted]
+        value = self._shared[wanted]
+        assert value.const_value is not None
+        if not np.array_equal(value.const_value.numpy(), array):
+            raise VerificationError("weights of one format have different tables", where=wanted)
+        return value
 
     def node(self, op: str, inputs: Sequence[ir.Value | None], wanted: str, **attributes: Any) -> ir.Node:
         """A named node with one output, to be placed by the caller."""

@@ -8,6 +8,9 @@ weight in the form that folds to float. What fuses was measured with ONNX Runtim
   redundant; a Gemm or MatMul may write float.
 - A single Relu or Clip behind the node that the codes do not make redundant, and that has one reader, blocks fusion.
 - A MatMul of rank 2 with a bias becomes a Gemm, which fuses like one; after it only where qopt knows the bias.
+
+Besides, a kernel's accumulator holds no bias that is far larger than the weight's scale. `fit_scales` mends that by a
+larger scale and codes near zero, which grids without a zero level do not have: such a layer stays in float.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from qopt.emit.accumulator import IntegerLayer, fit_scales, round_bias, smallest_scales
 from qopt.emit.biases import bias_of
@@ -26,6 +31,7 @@ from qopt.quant import AffineRange
 from qopt.runtime.patterns import has_integer_levels
 
 _End = Literal["codes", "float", "blocked"]
+_Nodes = Mapping[str | None, ir.Node]
 
 
 def runs_on_integers(layer: Layer, quantized: Quantized) -> bool:
@@ -50,6 +56,7 @@ def integer_layers(prepared: Prepared, quantized: Quantized) -> frozenset[str]:
         for layer in prepared.layers
         if runs_on_integers(layer, quantized)
         and all(_fuses(layer, index, nodes[use.node], quantized) for index, use in enumerate(layer.uses))
+        and _holds_biases(prepared, layer, nodes, quantized)
     )
 
 
@@ -70,16 +77,33 @@ def makes_redundant(code: AffineRange, node: ir.Node) -> bool:
     return _code(low, code) <= 0 and _code(high, code) >= code.largest_code
 
 
-def _part(prepared: Prepared, layer: Layer, nodes: Mapping[str | None, ir.Node], quantized: Quantized) -> IntegerLayer:
+def _part(prepared: Prepared, layer: Layer, nodes: _Nodes, quantized: Quantized) -> IntegerLayer:
     gemms = [_becomes_gemm(layer, index, nodes[use.node], quantized) for index, use in enumerate(layer.uses)]
-    added = {}
-    for index, use in enumerate(layer.uses):
-        bias = bias_of(prepared, layer, index, quantized)
-        if bias is not None and (gemms[index] or layer.op == "Conv"):
-            added[index] = bias, quantized.activations[use.input]
+    added = _added(prepared, layer, gemms, quantized)
     weight = fit_scales(quantized.weights[layer.name], smallest_scales(added.values(), layer.channels))
     biases = {index: round_bias(bias, weight, code) for index, (bias, code) in added.items()}
     return IntegerLayer(weight, biases, any(gemms))
+
+
+def _added(
+    prepared: Prepared, layer: Layer, gemms: list[bool], quantized: Quantized
+) -> dict[int, tuple[NDArray[np.float32], AffineRange]]:
+    """The biases that the kernels add: number of the use to the bias (channels,) and the codes of its input."""
+    biases = {index: bias_of(prepared, layer, index, quantized) for index in range(len(layer.uses))}
+    return {
+        index: (bias, quantized.activations[layer.uses[index].input])
+        for index, bias in biases.items()
+        if bias is not None and (gemms[index] or layer.op == "Conv")
+    }
+
+
+def _holds_biases(prepared: Prepared, layer: Layer, nodes: _Nodes, quantized: Quantized) -> bool:
+    weight = quantized.weights[layer.name]
+    if bool((weight.levels()[0] == 0).any()):
+        return True
+    gemms = [_becomes_gemm(layer, index, nodes[use.node], quantized) for index, use in enumerate(layer.uses)]
+    smallest = smallest_scales(_added(prepared, layer, gemms, quantized).values(), layer.channels)
+    return bool((weight.scale.abs() >= (smallest if weight.scale.ndim else smallest.max())).all())
 
 
 def _becomes_gemm(layer: Layer, index: int, node: ir.Node, quantized: Quantized) -> bool:

@@ -36,4 +36,5 @@ class Quantized:
     def stored(self, prepared: Prepared) -> Iterator[Stored]:
         """Every layer's weight as the file holds it, for `code_bits` and `stored_bits`."""
         for layer in prepared.layers:
-            yield Stored(layer.weights, layer.channels, self.spec(layer.name))
+            grid = self.weights[layer.name].grid if layer.name in self.weights else "auto"
+            yield Stored(layer.weights, layer.channels, self.spec(layer.name), grid)

@@ -42,7 +42,7 @@ def _formats(*texts: str) -> tuple[WeightSpec, ...]:
 
 
 _INT8 = ActivationSpec(8)
-_MIXED = _formats("int2", "log2", "int4", "int4:max", "log4", "log4:max", "int8")
+_MIXED = _formats("ternary", "int2", "int3", "int4", "int4:max", "log4", "log4:max", "int8")
 TARGETS = {
     target.name: target
     for target in (

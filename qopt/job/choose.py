@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import final
 
 from qopt.config import Options
+from qopt.errors import InfeasibleError
 from qopt.job.run import Run
-from qopt.job.space import build_space, probe_images
-from qopt.measure.divergence import Probe
-from qopt.measure.network import TwinClassifier
+from qopt.job.select import select
+from qopt.job.space import build_space
+from qopt.lipschitz import NormBound
+from qopt.measure.norms import code_norms
 from qopt.plan import Plan, uniform
 from qopt.plugins import load
 from qopt.quantize import Applied
 from qopt.report.model import EvaluatedPlan, SearchFacts
 from qopt.search.space import Outcome, Space, Strategy
 from qopt.search.thresholds import Filtered, Thresholds, apply_thresholds
-from qopt.size import code_bits
-from qopt.spec import FLOAT_ACTIVATION, ActivationSpec
+from qopt.search.uniform import UniformSearch
+from qopt.spec import FLOAT_ACTIVATION
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The plan that was chosen, made real, with the space it came from and the account of how."""
+    """The plan that was chosen, made real, with the space it came from and the account of how.
+
+    ``norms`` holds, by layer, ``||W_q||_2``, ``||dW||_2`` and ``||dW||_inf`` of the codes as they were rounded in the
+    end; layers that stay float are absent.
+    """
 
     applied: Applied
     space: Space
     facts: SearchFacts
+    norms: Mapping[str, tuple[NormBound, NormBound, NormBound]]
 
 
 def choose(run: Run) -> Choice:
@@ -46,8 +55,8 @@ def choose(run: Run) -> Choice:
     filtered = _filter(run, space) if strategy.uses_sensitivity else Filtered(space, 1.0, ())
     run.progress(f"search: {strategy.name}")
     outcome = strategy(filtered.space)
-    applied, evaluated = _select(run, outcome)
-    return Choice(applied, space, _facts(run, strategy, filtered, outcome, evaluated))
+    applied, evaluated = select(run, _plans(run, strategy, filtered, outcome))
+    return Choice(applied, space, _facts(run, strategy, filtered, outcome, evaluated), _norms(run, applied))
 
 
 def _apply_given(run: Run, plan: Plan) -> Choice:
@@ -60,7 +69,16 @@ def _apply_given(run: Run, plan: Plan) -> Choice:
         strategy="none, the plan was given", sensitivity="not used", thresholds="none", factor=1.0, relaxed=[],
         gap=None, evaluated=[], notes=[],
     )  # fmt: skip
-    return Choice(applied, space, facts)
+    return Choice(applied, space, facts, _norms(run, applied))
+
+
+def _norms(run: Run, applied: Applied) -> dict[str, tuple[NormBound, NormBound, NormBound]]:
+    codes = applied.quantized.weights
+    return {
+        layer.name: code_norms(layer, run.quantizer.weight(layer), codes[layer.name].dequantize())
+        for layer in run.prepared.layers
+        if layer.name in codes
+    }
 
 
 def resolve_thresholds(options: Options, has_data: bool) -> Thresholds:
@@ -82,44 +100,19 @@ def _filter(run: Run, space: Space) -> Filtered:
     return filtered
 
 
-def _select(run: Run, outcome: Outcome) -> tuple[Applied, list[EvaluatedPlan]]:
-    """Measure the plan with and without bias correction and keep the one that stays closer to float."""
-    weights = {layer: str(spec) for layer, spec in outcome.specs.items()}
+def _plans(run: Run, strategy: Strategy, filtered: Filtered, outcome: Outcome) -> list[tuple[str, Plan]]:
+    """The plans that are measured: the searched one, and at maximal effort the uniform one beside it."""
     activations = run.target.activations if run.data is not None else FLOAT_ACTIVATION
-    base = _base_plan(run, activations).with_changes(weights=weights, reasons=outcome.reasons)
-    if run.data is None:
-        run.left_out.append("activation quantization, bias correction and measured selection: they need --data")
-        return run.quantizer.apply(base), []
-    variants = {"auto": (False, True), "on": (True,), "off": (False,)}[run.options.bias_correction]
-    applied = [run.quantizer.apply(base.with_changes(bias_correction=correct)) for correct in variants]
-    run.progress("measured selection")
-    return _closest(run, applied)
-
-
-def _base_plan(run: Run, activations: ActivationSpec) -> Plan:
     data = "" if run.data is None else run.data.digest
-    return uniform(activations=activations, model=run.prepared.digest, data=data)
-
-
-def _closest(run: Run, applied: list[Applied]) -> tuple[Applied, list[EvaluatedPlan]]:
-    clean, adversarial = probe_images(run, "select")
-    probes = [Probe.of(run.float_twin, images) for images in (clean, adversarial) if images is not None]
-    divergences = [[probe.divergence(_twin(run, a)) for probe in probes] for a in applied]
-    best = min(range(len(applied)), key=lambda i: sum(divergences[i]))
-    rows = [
-        EvaluatedPlan(
-            name=f"{run.options.search}{', bias correction' if a.plan.bias_correction else ''}",
-            digest=a.plan.digest, code_bits=code_bits(a.quantized.stored(run.prepared)),
-            bias_correction=a.plan.bias_correction, clean_divergence=divergences[i][0],
-            adversarial_divergence=divergences[i][1] if len(probes) > 1 else None, chosen=i == best,
-        )
-        for i, a in enumerate(applied)
-    ]  # fmt: skip
-    return applied[best], rows
-
-
-def _twin(run: Run, applied: Applied) -> TwinClassifier:
-    return TwinClassifier(applied.graph, run.normalisation, run.prepared.batch)
+    base = uniform(activations=activations, model=run.prepared.digest, data=data)
+    outcomes = [(strategy.name, outcome)]
+    if run.options.effort == "max" and strategy.name == "greedy":
+        with suppress(InfeasibleError):
+            outcomes.append(("uniform", UniformSearch()(filtered.space)))
+    return [
+        (name, base.with_changes(weights={n: str(s) for n, s in found.specs.items()}, reasons=found.reasons))
+        for name, found in outcomes
+    ]
 
 
 def _facts(

@@ -10,10 +10,11 @@ from typing import Any, final
 
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
 from qopt.cache import Cache
 from qopt.config import Options
-from qopt.data import Data
+from qopt.data import Data, Split
 from qopt.errors import DataError, UnsupportedModelError, UsageError, VerificationError
 from qopt.graph.compare import TOLERANCE, matches_onnxruntime
 from qopt.graph.model import Prepared
@@ -135,9 +136,23 @@ def start(task: Task, cache: Cache, progress: Progress) -> Run:
     run = Run(
         task.name, prepared, quantizer, shaped, options, target, _threat(options, prepared), cache, progress, task.plan
     )
+    if shaped is not None and options.calibration != "clean":
+        progress(f"{options.calibration} images to calibrate on")
+        images = normalisation(_attacked_calibration(run, shaped.calibrate.first(options.calibration_images)))
+        run = replace(run, quantizer=Quantizer(prepared, whole_batches(images, prepared.batch)))
     if data is None and options.robust:
         run.left_out.append("adversarial sensitivities, attacks and gates: they need --data")
     return run
+
+
+def _attacked_calibration(run: Run, clean: Split) -> Tensor:
+    """The calibration images with all, or for ``mixed`` every second one, replaced by adversarial ones; in [0, 1]."""
+    chosen = slice(None) if run.options.calibration == "adversarial" else slice(1, None, 2)
+    images = torch.from_numpy(clean.images.copy())
+    few = Split(clean.images[chosen], clean.labels[chosen])
+    if len(few):
+        images[chosen] = run.attacked(few, run.seed("calibration"))
+    return images
 
 
 def _no_layers(prepared: Prepared, name: str) -> UnsupportedModelError:
@@ -154,6 +169,7 @@ def _check_needs_no_data(options: Options) -> None:
     needs = {
         "--gate": ("gates are measured on images", bool(options.gates)),
         "--thresholds": ("weighted thresholds weigh by the inputs of layers", options.thresholds == "weighted"),
+        "--calibration": ("adversarial images are made of images", options.calibration != "clean"),
         "--bias-correction": ("bias correction needs images", options.bias_correction == "on"),
     }
     for option, (what, asked) in needs.items():

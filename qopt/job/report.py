@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from qopt.emit import integer_layers
 from qopt.graph.model import Layer
 from qopt.job.artefact import Artefact
 from qopt.job.choose import Choice
 from qopt.job.rows import Table
-from qopt.job.run import Run
+from qopt.job.run import PROBE_STEPS, Run
+from qopt.lipschitz import NormBound
 from qopt.report.model import (
     ActivationRow,
     DataFacts,
@@ -18,25 +21,26 @@ from qopt.report.model import (
     Row,
     SizeFacts,
 )
-from qopt.search.space import Candidate, LayerSpace
 from qopt.size import code_bits, stored_bits
 
 AGREEMENT = 0.99
 """File and quantized graph must predict the same class on this share of images."""
 
+FEW_IMAGES = 32
+"""Fewer calibration images than this are worth a warning."""
+
 
 def layer_metadata(choice: Choice) -> dict[str, dict[str, str]]:
     """Norms of every layer as properties of its nodes."""
-    found = {}
-    for space in choice.space.layers:
-        candidate = _chosen(choice, space)
-        if candidate is not None:
-            found[space.layer] = {
-                "qopt.norm_w": f"{space.norm.value:.6g}",
-                "qopt.norm_wq": f"{candidate.norm.value:.6g}",
-                "qopt.norm_dw": f"{candidate.error.value:.6g}",
-            }
-    return found
+    return {
+        space.layer: {
+            "qopt.norm_w": f"{space.norm.value:.6g}",
+            "qopt.norm_wq": f"{choice.norms[space.layer][0].value:.6g}",
+            "qopt.norm_dw": f"{choice.norms[space.layer][1].value:.6g}",
+        }
+        for space in choice.space.layers
+        if space.layer in choice.norms
+    }
 
 
 def build_report(
@@ -79,11 +83,6 @@ def build_report(
     )
 
 
-def _chosen(choice: Choice, space: LayerSpace) -> Candidate | None:
-    spec = choice.applied.quantized.spec(space.layer)
-    return None if spec.is_float else space.candidate(spec)
-
-
 def _model_facts(run: Run) -> ModelFacts:
     p = run.prepared
     return ModelFacts(
@@ -100,20 +99,28 @@ def _data_facts(run: Run) -> DataFacts | None:
     attacked = min(run.options.attack_images, len(data.report)) if run.options.robust else 0
     return DataFacts(
         digest=data.digest, calibrate=len(data.calibrate), select=len(data.select), report=len(data.report),
-        attacked=attacked, notes=list(data.notes),
+        attacked=attacked, notes=[*data.notes, *_calibration_note(run)],
     )  # fmt: skip
+
+
+def _calibration_note(run: Run) -> list[str]:
+    if run.options.calibration == "clean":
+        return []
+    share = "all" if run.options.calibration == "adversarial" else "every second one"
+    return [f"calibration images: {share} adversarial, by PGD-{PROBE_STEPS} on the float network at {run.threat}"]
 
 
 def _layer_row(run: Run, choice: Choice, layer: Layer, integer: bool) -> LayerRow:
     quantized = choice.applied.quantized
     spec = quantized.spec(layer.name)
     space = next(space for space in choice.space.layers if space.layer == layer.name)
-    chosen = _chosen(choice, space)
+    unchanged = (space.norm, NormBound(0.0, 0.0, "float"), NormBound(0.0, 0.0, "float"))
+    norm, error, rows = choice.norms.get(layer.name, unchanged)
     return LayerRow(
         name=layer.name, op=layer.op, shape=list(layer.shape), format=str(spec), bits=spec.bits,
         container_bits=spec.container_bits, norm_w=space.norm.value,
-        norm_wq=(chosen.norm if chosen else space.norm).value, norm_dw=chosen.error.value if chosen else 0.0,
-        row_norm_w=space.row_norm.value, row_norm_dw=chosen.row_error.value if chosen else 0.0, macs=layer.macs,
+        norm_wq=norm.value, norm_dw=error.value, row_norm_w=space.row_norm.value, row_norm_dw=rows.value,
+        macs=layer.macs,
         integer=integer, reason=choice.applied.plan.reasons.get(layer.name, ""),
     )  # fmt: skip
 
@@ -147,9 +154,56 @@ def _warnings(run: Run, choice: Choice, artefact: Artefact, size: SizeFacts) -> 
             f"{kernels.integer} of them to integer kernels on this machine"
         )
     if size.ratio >= 1:
-        warnings.append("the file is not smaller than the float one")
+        warnings.append(
+            f"the file is not smaller than the float one ({size.file_bytes} against {size.float_bytes} bytes): "
+            "quantize more layers, or keep a network that small in float"
+        )
+    warnings += [*_calibration_warnings(run, choice), *_channel_warnings(run, choice)]
     broken = [x for x in run.target.limits if x.quantity == "bits" and size.code_bits > x.bound + 1e-9]
     return warnings + [f"the plan of {choice.facts.strategy} does not keep the limit {limit}" for limit in broken]
+
+
+def _calibration_warnings(run: Run, choice: Choice) -> list[str]:
+    """Too few images for what was calibrated on them, and tensors that hold one value only."""
+    found = []
+    plan, given = choice.applied.plan, {} if run.plan is None else run.plan.ranges
+    observed = {name: bounds for name, bounds in plan.ranges.items() if name not in given}
+    if run.data is not None and (observed or plan.bias_correction or plan.rounding != "nearest"):
+        count = min(run.options.calibration_images, len(run.data.calibrate))
+        if count < FEW_IMAGES:
+            found.append(
+                f"calibrated on {count} images only: ranges and biases may not fit others; give {FEW_IMAGES} or more"
+            )
+    return found + [
+        f"activation {name} is constant ({low:g}) on the calibration images: look at the layers before it, or give "
+        "other images"
+        for name, (low, high) in observed.items()
+        if low == high
+    ]
+
+
+def _channel_warnings(run: Run, choice: Choice) -> list[str]:
+    """Layers with output channels whose weights are all zero, in the model or by its quantization."""
+    found = []
+    for layer in run.prepared.layers:
+        dead = _zero_channels(run.quantizer.weight(layer), layer)
+        if dead.any():
+            found.append(
+                f"layer {layer.name}: {int(dead.sum())} of {layer.channels} output channels are constant, their "
+                "weights are all zero; remove them from the model"
+            )
+        code = choice.applied.quantized.weights.get(layer.name)
+        if code is not None and (lost := _zero_channels(code.dequantize(), layer) & ~dead).any():
+            found.append(
+                f"layer {layer.name}: {int(lost.sum())} of {layer.channels} output channels became constant, "
+                f"{code.spec} rounds all their weights to zero; give the layer more bits or a scale per channel"
+            )
+    return found
+
+
+def _zero_channels(weight: Tensor, layer: Layer) -> Tensor:
+    """Which output channels have no weight but zeros: bool (channels,)."""
+    return (weight == 0).movedim(layer.channel_axis, 0).flatten(1).all(1)
 
 
 def _verdict(run: Run, size: SizeFacts, ours: Row | None, gates: list[GateRow]) -> str:

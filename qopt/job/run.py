@@ -85,12 +85,11 @@ class Run:
     def adversarial(self, part: str, split: Split) -> Tensor:
         """Examples that PGD makes on the float network from the first images of a part, all steps taken; cached."""
         if part not in self._adversarial:
-            self._adversarial[part] = self._attacked(part, split)
+            self._adversarial[part] = self.attacked(split.first(self.options.probe_images), self.seed("probe", part))
         return self._adversarial[part]
 
-    def _attacked(self, part: str, split: Split) -> Tensor:
-        few = split.first(self.options.probe_images)
-        seed = self.seed("probe", part)
+    def attacked(self, few: Split, seed: int) -> Tensor:
+        """Examples that PGD makes on the float network from all images of ``few``, all steps taken; cached on disk."""
         key = {
             "model": self.prepared.digest, "images": digest_arrays(few.images, few.labels), "seed": seed,
             "threat": [self.threat.norm, self.threat.eps], "steps": PROBE_STEPS,

@@ -75,7 +75,7 @@ def _layer_space(
         candidates.append(
             Candidate(
                 spec=spec,
-                code_bits=int(price["code_bits"]),
+                code_bits=price["code_bits"],
                 bytes=int(price["bytes"]),
                 norm=norm_q,
                 error=error,

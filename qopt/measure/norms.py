@@ -29,11 +29,16 @@ def candidate_norms(
     weight = quantizer.weight(layer)
 
     def compute() -> Sequence[NormBound]:
-        quantized = quantizer.quantized_weight(layer, spec).dequantize()
-        return (_pair(layer, quantized)[0], *_pair(layer, weight.double() - quantized.double()))
+        return code_norms(layer, weight, quantizer.quantized_weight(layer, spec).dequantize())
 
     norm, error, rows = _bounds(cache, layer, weight, str(spec), compute)
     return norm, error, rows
+
+
+def code_norms(layer: Layer, weight: Tensor, quantized: Tensor) -> tuple[NormBound, NormBound, NormBound]:
+    """``||W_q||_2``, ``||W - W_q||_2`` and ``||W - W_q||_inf`` of codes however they were rounded."""
+    error, rows = _pair(layer, weight.double() - quantized.double())
+    return _pair(layer, quantized)[0], error, rows
 
 
 def weighted_error(

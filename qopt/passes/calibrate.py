@@ -12,7 +12,8 @@ from torch.fx import GraphModule, Node
 
 from qopt.passes.base import Result
 from qopt.passes.watcher import Watcher
-from qopt.quant import RangeObserver
+from qopt.quant import RangeObserver, calibrated_bounds
+from qopt.spec import ActivationSpec
 
 
 @final
@@ -43,9 +44,9 @@ class Calibrate:
             _Ranges(graph, self.observers).watch(self.images, self.batch_size)
         return Result(graph, False, (f"ranges observed on {len(self.images)} images",))
 
-    def bounds(self, percentiles: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-        """The observed ``(low, high)`` of every named value at its percentile."""
-        return {name: self.observers[name].bounds(p) for name, p in percentiles.items()}
+    def bounds(self, specs: Mapping[str, ActivationSpec]) -> dict[str, tuple[float, float]]:
+        """The ``(low, high)`` that each named value's codes shall cover, by its spec's calibrator."""
+        return {name: calibrated_bounds(self.observers[name], spec) for name, spec in specs.items()}
 
 
 class _Ranges(Watcher):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qopt.passes.base import Result
-from qopt.passes.nodes import bias_source, constant_of, is_convolution, is_layer, set_bias, weight_source
-from qopt.passes.watcher import Watcher
+from qopt.passes.nodes import bias_source, constant_of, is_convolution, set_bias, weight_source
+from qopt.passes.watcher import SideBySide
 from qopt.quant import corrected_bias
 
 
@@ -43,69 +44,60 @@ class CorrectBiases:
         """Change the bias of every layer whose weight is quantized."""
         batches = torch.split(self.images, self.batch_size)
         with torch.no_grad():
-            means = _Means(self.reference)
-            means.side_by_side(batches)
-            corrector = _Corrector(graph, means.means, self.biases)
-            corrector.side_by_side(batches)
-        for node, bias in corrector.changes:
-            set_bias(graph, node, bias)
-        graph.recompile()
-        count = len(corrector.changes)
+            means = ChannelMeans(self.reference, batches)
+            means.run_all()
+            corrector = BiasCorrector(graph, batches, means.means)
+            corrector.run_all()
+        count = corrector.write(self.biases)
         return Result(graph, count > 0, (f"{count} biases corrected",) if count else ())
 
 
-class _SideBySide(Watcher):
-    """Runs several batches node by node, so that a layer's mean over all of them is known before the next layer."""
+class ChannelMeans(SideBySide):
+    """Observes the mean of every layer's output channels: (layer, use) to float64 (channels,)."""
 
-    def side_by_side(self, batches: tuple[Tensor, ...]) -> None:
-        """Run them; `layer` may change what a layer returns."""
-        environments: list[dict[Node, Any]] = [{} for _ in batches]
-        for node in self.graph.nodes:
-            results = []
-            for environment, batch in zip(environments, batches, strict=True):
-                self.env, self.args_iter = environment, iter((batch,))
-                results.append(self.run_node(node))
-            if is_layer(node):
-                results = self.layer(node, results)
-            for environment, result in zip(environments, results, strict=True):
-                environment[node] = result
-                for done in self.user_to_last_uses.get(node, []):
-                    del environment[done]
-
-    def layer(self, node: Node, outputs: list[Tensor]) -> list[Tensor]:
-        """Called with a layer's outputs on all batches; returns what the nodes after it see."""
-        raise NotImplementedError
-
-
-class _Means(_SideBySide):
-    def __init__(self, graph: GraphModule) -> None:
-        super().__init__(graph)
+    def __init__(self, graph: GraphModule, batches: tuple[Tensor, ...]) -> None:
+        super().__init__(graph, batches)
         self.means: dict[tuple[str, int], Tensor] = {}
 
+    @final
     def layer(self, node: Node, outputs: list[Tensor]) -> list[Tensor]:
+        """Take the means; the outputs stay."""
         self.means[node.meta["layer"], node.meta["use"]] = channel_mean(node, outputs)
         return outputs
 
 
-class _Corrector(_SideBySide):
+class BiasCorrector(SideBySide):
+    """Runs each layer whose weight is quantized with the bias that restores the means it is given.
+
+    ``means`` may grow while it runs: a layer's must be there when its outputs are.
+    """
+
     def __init__(
-        self, graph: GraphModule, means: dict[tuple[str, int], Tensor], biases: dict[tuple[str, int], Tensor]
-    ) -> None:
-        super().__init__(graph)
-        self.owner, self.means, self.biases = graph, means, biases
-        self.changes: list[tuple[Node, Tensor]] = []
+        self, graph: GraphModule, batches: tuple[Tensor, ...], means: Mapping[tuple[str, int], Tensor]
+    ) -> None:  # fmt: skip
+        super().__init__(graph, batches)
+        self._graph, self._means = graph, means
+        self._changes: list[tuple[Node, Tensor]] = []
 
     def layer(self, node: Node, outputs: list[Tensor]) -> list[Tensor]:
+        """The outputs under the new bias."""
         if weight_source(node).op != "call_module":
             return outputs
         source = bias_source(node)
-        old = None if source is None else constant_of(self.owner, source).reshape(-1)  # Gemm may store (1, channels)
-        key = (node.meta["layer"], node.meta["use"])
-        new = corrected_bias(old, self.means[key], channel_mean(node, outputs))
-        self.biases[key] = new
-        self.changes.append((node, new))
+        old = None if source is None else constant_of(self._graph, source).reshape(-1)  # Gemm may store (1, channels)
+        new = corrected_bias(old, self._means[node.meta["layer"], node.meta["use"]], channel_mean(node, outputs))
+        self._changes.append((node, new))
         shift = new if old is None else new - old
         return [output + _along_channels(shift, output, node) for output in outputs]
+
+    @final
+    def write(self, biases: dict[tuple[str, int], Tensor]) -> int:
+        """Put the new biases into the graph and, by (layer, use), into ``biases``; how many they are."""
+        for node, bias in self._changes:
+            set_bias(self._graph, node, bias)
+            biases[node.meta["layer"], node.meta["use"]] = bias
+        self._graph.recompile()
+        return len(self._changes)
 
 
 def channel_mean(node: Node, outputs: list[Tensor]) -> Tensor:

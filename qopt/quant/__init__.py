@@ -6,8 +6,10 @@ from qopt.quant.activations import GRADIENTS, ActivationQuantizer, AffineRange, 
 from qopt.quant.bias import corrected_bias
 from qopt.quant.codebook import Codebook, codebook
 from qopt.quant.observer import RangeObserver
-from qopt.quant.packing import pack, unpack
+from qopt.quant.packing import pack, powers, unpack
 from qopt.quant.quantized import QuantizedWeight
+from qopt.quant.quantizer import Quantizer, Rows
+from qopt.quant.ranges import calibrated_bounds
 from qopt.quant.weights import quantize_weight
 
 __all__ = [
@@ -17,10 +19,14 @@ __all__ = [
     "Codebook",
     "Gradient",
     "QuantizedWeight",
+    "Quantizer",
     "RangeObserver",
+    "Rows",
+    "calibrated_bounds",
     "codebook",
     "corrected_bias",
     "pack",
+    "powers",
     "quantize_weight",
     "unpack",
 ]

@@ -26,7 +26,7 @@ class AffineRange:
     Attributes:
         scale: positive, a float32 number.
         zero_point: the code of 0.0, in 0..2**bits - 1.
-        bits: 2 to 8.
+        bits: 1 to 8.
     """
 
     scale: float
@@ -34,8 +34,8 @@ class AffineRange:
     bits: int
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise UsageError("activation bits out of range", expected="2 to 8", got=str(self.bits))
+        if not 1 <= self.bits <= 8:
+            raise UsageError("activation bits out of range", expected="1 to 8", got=str(self.bits))
         if not 0 <= self.zero_point <= self.largest_code:
             expected = f"0 to {self.largest_code}"
             raise UsageError("zero point out of range", expected=expected, got=str(self.zero_point))
@@ -52,8 +52,8 @@ class AffineRange:
         limit = torch.finfo(torch.float32).max
         if not -limit <= low <= high <= limit:
             raise DataError("activation bounds must be finite and in order", got=f"[{low}, {high}]")
-        if not 2 <= bits <= 8:
-            raise UsageError("activation bits out of range", expected="2 to 8", got=str(bits))
+        if not 1 <= bits <= 8:
+            raise UsageError("activation bits out of range", expected="1 to 8", got=str(bits))
         low, high = min(low, 0.0), max(high, 0.0)
         codes = 2**bits - 1
         width = (high - low) / codes

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qopt.errors import DataError, UsageError
 
-HALF = 4096
+HALF = 16384
 """Bins on either side of zero; the largest magnitude always lies in the outer half of them."""
 
 
@@ -20,11 +20,11 @@ PART = 1 << 20
 
 @final
 class RangeObserver:
-    """Exact minimum and maximum, and a histogram for percentiles; no activation is kept.
+    """Exact minimum and maximum, and a histogram; no activation is kept.
 
     The bins have a power of two as width, are aligned at zero and double in width when a value falls outside, merging
     pairs without loss: the state depends only on the values seen, not on their order or on how they were batched.
-    A percentile is off by at most one bin, that is 1/2048 of the largest magnitude.
+    A percentile is off by at most one bin, that is 1/8192 of the largest magnitude.
     """
 
     def __init__(self, where: str = "activations") -> None:
@@ -38,6 +38,11 @@ class RangeObserver:
     def count(self) -> int:
         """How many values were seen."""
         return int(self._counts.sum())
+
+    @property
+    def counts(self) -> Tensor:
+        """int64 (2 * HALF,): bin ``i`` counts the values in ``[i - HALF, i - HALF + 1)``, in units of `bin_width`."""
+        return self._counts.clone()
 
     @property
     def bin_width(self) -> float:

@@ -49,7 +49,7 @@ class LayerRow(Document):
     shape: list[int]
     format: str
     bits: int
-    container_bits: int
+    container_bits: int | float
     norm_w: float
     norm_wq: float
     norm_dw: float

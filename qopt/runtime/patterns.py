@@ -1,17 +1,21 @@
 """Packed weights as ONNX nodes that stock ONNX Runtime folds at load.
 
-Codes of 4 and 2 bits stay packed on disk. `integer_weight` ends in DequantizeLinear on int8 values, which fuses with
-quantized activations to QLinearConv, QGemm or QLinearMatMul; `float_weight` ends in Cast and Mul, which folds to a
-plain float initializer (DequantizeLinear there would stay and cost 1.4-2.5 times the latency).
+Codes of fewer than 8 bits stay packed on disk. `integer_weight` ends in DequantizeLinear on int8 values, which fuses
+with quantized activations to QLinearConv, QGemm or QLinearMatMul, negative scales included; `float_weight` ends in
+Cast and Mul, which folds to a plain float initializer (DequantizeLinear would stay, at 1.4-2.5 times the latency).
 
-| container | linear | log, at most 4 bits | log, more bits |
-|---|---|---|---|
-| 4 bits | INT4 -> Cast(INT8) | UINT4 -> Cast(INT32) -> Gather(int8 table) | |
-| 2 bits | four codes in a byte: UINT8 -> Cast(INT32) -> Gather(256 x 4 int8 table) -> Reshape | the same | |
-| 8 bits | INT8 | | UINT8 -> Cast(INT32) -> Gather(float table) |
+| codes | become int8 levels by |
+|---|---|
+| levels of 8 bits | nothing: INT8 |
+| levels of 4 bits | INT4 -> Cast(INT8) |
+| indices of 4 bits | UINT4 -> Cast(INT32) -> Gather(table) |
+| up to 3 bits, ternary | UINT8 (groups, 1 or 3) -> Cast(INT32) -> digits -> Gather(table) -> Reshape |
+| indices of 8 bits | UINT8 -> Cast(INT32) -> Gather: float levels, for `float_weight` only |
 
-What is stored are the codes, the scales and the tables, as `qopt.size` counts them; beside these only the shapes that
-Reshape, Slice and ConstantOfShape take (int64).
+Digits of a group (8 of base 2, 5 of base 3, 4 of base 4; 8 of base 8 in three bytes, which Mul and ReduceSum join) are
+taken apart by Div by the powers of the base and Mod, which needs constants of some ten numbers, where a table by the
+byte would need 256 rows. What is stored are the codes, the scales and these constants, as `qopt.size` counts them;
+beside these only the shapes and axes that Reshape, Slice, ReduceSum and ConstantOfShape take (int64).
 """
 
 from __future__ import annotations
@@ -24,7 +28,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qopt.quant import QuantizedWeight, pack
+from qopt.errors import VerificationError
+from qopt.quant import QuantizedWeight, pack, powers
 from qopt.runtime.values import constant
 
 
@@ -86,8 +91,8 @@ def float_weight(layer: str, weight: QuantizedWeight) -> tuple[Subgraph, ir.Valu
     """The weight as float levels times the scale, for a node with float activations."""
     graph = Subgraph(layer)
     if has_integer_levels(weight):
-        source = _int8_levels(graph, weight, cast=weight.spec.kind == "log")
-        levels = graph.node("Cast", [source], "levels", to=ir.DataType.FLOAT)
+        source = _int8_levels(graph, weight, cast=False)
+        levels = graph.node("Cast", [source], "floats", to=ir.DataType.FLOAT)
     else:
         levels = _float_levels(graph, weight)
     shape = [1] * weight.codes.ndim
@@ -104,27 +109,31 @@ def has_integer_levels(weight: QuantizedWeight) -> bool:
 
 def _int8_levels(graph: Subgraph, weight: QuantizedWeight, *, cast: bool = True) -> ir.Value:
     """The int8 multipliers of the scale; without ``cast`` INT4 codes are returned as stored, to be cast elsewhere."""
-    codes, container = weight.codes.numpy(), weight.spec.container_bits
-    if container == 2:
-        return _two_bit_levels(graph, weight)
+    codes, base = weight.codes.numpy(), weight.spec.packing.base
+    if base <= 8:
+        return _unpacked_levels(graph, weight)
     if weight.table is not None:
         stored = graph.constant("codes", codes.astype(ml_dtypes.uint4))
-        index = graph.node("Cast", [stored], "index", to=ir.DataType.INT32)
-        table = graph.table(f"log{weight.spec.bits}_levels", weight.table.numpy())
-        return graph.node("Gather", [table, index], "levels8", axis=0)
-    if container == 4:
+        return _look_up(
+            graph, weight, graph.node("Cast", [stored], "index", to=ir.DataType.INT32), weight.table.numpy()
+        )
+    if base == 16:
         packed = graph.constant("codes", codes.astype(ml_dtypes.int4))
         return graph.node("Cast", [packed], "levels8", to=ir.DataType.INT8) if cast else packed
     return graph.constant("codes", codes)
 
 
-def _two_bit_levels(graph: Subgraph, weight: QuantizedWeight) -> ir.Value:
+def _unpacked_levels(graph: Subgraph, weight: QuantizedWeight) -> ir.Value:
     codes = weight.codes.numpy()
-    stored = graph.constant("codes", pack(codes, 2, signed=weight.table is None))
-    table = graph.table(f"{'int' if weight.table is None else 'log'}2_levels", _byte_table(weight))
-    index = graph.node("Cast", [stored], "index", to=ir.DataType.INT32)
-    levels = graph.node("Gather", [table, index], "rows", axis=0)
-    if codes.size % 4:
+    base, table = weight.spec.packing.base, _digit_levels(weight)
+    digits = codes if weight.table is not None else (codes < 0).astype(np.uint8) if base == 2 else codes % base
+    if weight.table is None and not np.array_equal(table[digits], codes):
+        got = f"{codes.min()}..{codes.max()}"
+        raise VerificationError(
+            "codes that are no levels of the format", where=graph.prefix, expected=str(table.tolist()), got=got
+        )
+    levels = _look_up(graph, weight, _digits(graph, weight, digits), table)
+    if codes.size % weight.spec.packing.codes:
         flat = graph.table("flat", np.array([-1], np.int64))
         start = graph.table("start", np.array([0], np.int64))
         end = graph.constant("size", np.array([codes.size], np.int64))
@@ -133,16 +142,38 @@ def _two_bit_levels(graph: Subgraph, weight: QuantizedWeight) -> ir.Value:
     return graph.node("Reshape", [levels, target], "levels8")
 
 
-def _byte_table(weight: QuantizedWeight) -> NDArray[np.int8]:
-    """All four levels of every byte: int8 (256, 4)."""
-    codes = np.arange(256)[:, None] >> (2 * np.arange(4)) & 3
-    levels = np.where(codes >= 2, codes - 4, codes) if weight.table is None else weight.table.numpy()[codes]
-    return np.asarray(levels, np.int8)
+def _digits(graph: Subgraph, weight: QuantizedWeight, digits: NDArray[Any]) -> ir.Value:
+    """The digits (groups, codes), int32; those that fill up the last group are zeros."""
+    packing = weight.spec.packing
+    base, count, size = packing
+    groups = graph.node("Cast", [graph.constant("codes", pack(digits, packing))], "bytes", to=ir.DataType.INT32)
+    if size > 1:
+        weights = graph.table(f"base{base}_bytes", powers(256, size))
+        axis = graph.table("last_axis", np.array([-1], np.int64))
+        groups = graph.node("ReduceSum", [graph.node("Mul", [groups, weights], "places"), axis], "groups", keepdims=1)
+    shifted = graph.node("Div", [groups, graph.table(f"base{base}_powers", powers(base, count))], "shifted")
+    return graph.node("Mod", [shifted, graph.table(f"base{base}", np.array(base, np.int32))], "index")
+
+
+def _digit_levels(weight: QuantizedWeight) -> NDArray[np.int8]:
+    """The level of each digit, int8 (base,): the weight's table, or 0, 1, .. and then the negative ones, ascending."""
+    if weight.table is not None:
+        return np.asarray(weight.table.numpy(), np.int8)
+    base = weight.spec.packing.base
+    digits = np.arange(base)
+    return np.asarray([1, -1] if base == 2 else np.where(digits > (base - 1) // 2, digits - base, digits), np.int8)
+
+
+def _look_up(graph: Subgraph, weight: QuantizedWeight, index: ir.Value, table: NDArray[Any]) -> ir.Value:
+    """The levels at ``index``. Linear formats share tables by grid and width, all others by format."""
+    spec = weight.spec
+    kind = spec.quantizer if spec.quantizer in ("binary", "ternary") else spec.short
+    name = f"mid{spec.bits}" if weight.grid == "mid" else kind
+    return graph.node("Gather", [graph.table(f"{name}_levels", table), index], "levels", axis=0)
 
 
 def _float_levels(graph: Subgraph, weight: QuantizedWeight) -> ir.Value:
     assert weight.table is not None
     stored = graph.constant("codes", weight.codes.numpy())
     index = graph.node("Cast", [stored], "index", to=ir.DataType.INT32)
-    table = graph.table(f"log{weight.spec.bits}_levels", weight.table.numpy())
-    return graph.node("Gather", [table, index], "levels", axis=0)
+    return _look_up(graph, weight, index, weight.table.numpy())

@@ -31,7 +31,7 @@ class Candidate:
     """
 
     spec: WeightSpec
-    code_bits: int
+    code_bits: float
     bytes: int
     norm: NormBound
     error: NormBound
@@ -106,7 +106,7 @@ class Space:
 
 def costs(candidate: Candidate) -> Mapping[str, float]:
     """The additive costs of a candidate by column."""
-    return {"code_bits": float(candidate.code_bits), "bytes": float(candidate.bytes)}
+    return {"code_bits": candidate.code_bits, "bytes": float(candidate.bytes)}
 
 
 @final

@@ -22,6 +22,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"norm": "l1"}, ["--norm: unknown word", "linf, l2", "got 'l1'"]),
     ({"thresholds": "weigthed"}, ["--thresholds: unknown word", "weighted", "got 'weigthed'"]),
     ({"bias_correction": "yes"}, ["--bias-correction: unknown word", "auto, on, off"]),
+    ({"calibration": "adv"}, ["--calibration: unknown word", "clean, adversarial, mixed", "got 'adv'"]),
     ({"baselines": ("int4", "int9")}, ["--baseline: not a weight format", "'int9'"]),
     ({"baselines": ("int4@log4",)}, ["--baseline: not an activation format", "'log4'"]),
     ({"activations": "log4"}, ["--activations: not an activation format"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -25,6 +26,14 @@ WEIGHTS: list[tuple[str, WeightSpec, str]] = [
     ("log2:max:tensor", WeightSpec("log", 2, "tensor", "max"), "log2:tensor:max"),
     ("log2:tensor:max", WeightSpec("log", 2, "tensor", "max"), "log2:tensor:max"),
     ("  int3\n", WeightSpec("int", 3), "int3"),
+    ("ternary", WeightSpec("ternary", 2), "ternary"),
+    ("ternary:max:tensor", WeightSpec("ternary", 2, "tensor", "max"), "ternary:tensor:max"),
+    ("int4:auto", WeightSpec("int", 4), "int4"),
+    ("int4:narrow", WeightSpec("int", 4, grid="narrow"), "int4:narrow"),
+    ("int8:full:mse:tensor", WeightSpec("int", 8, "tensor", "mse", "full"), "int8:tensor:full"),
+    ("int2:channel:mid", WeightSpec("int", 2, grid="mid"), "int2:mid"),
+    ("nf@4", WeightSpec("nf", 4), "nf@4"),
+    ("my_grid2@3:tensor:max", WeightSpec("my_grid2", 3, "tensor", "max"), "my_grid2@3:tensor:max"),
 ]
 
 
@@ -38,7 +47,10 @@ NO_WEIGHTS = [
     "", " ", "int", "int0", "int9", "int16", "log0", "log9", "INT4", "Int4", "int-4", "int 4", "int4.0", "uint4", "4",
     "float32", "float16", "float:max", "int4:", "int4::max", "int4:max:", "int4:max:max", "int4:tensor:channel",
     "int4:mse:max", "int4:tensor:max:tensor", "int4:row", "int4:MAX", "int4;max", "int4,int8", "int4\x00", "int４",
-    "int4:p99", "none",
+    "int4:p99", "none", "ternary2", "ternary4", "ternary:mid", "ternary:full", "log4:full", "log4:auto", "int1:mid",
+    "int5:mid", "int8:mid", "int4:max:full", "int4:narrow:max", "int4:max:auto", "int4:full:mid", "int4:narrow:narrow",
+    "int@4", "log@4", "ternary@2", "linear@4", "binary@1", "nf@0", "nf@9", "nf@44", "@4", "nf@", "nf4", "NF@4", "n-f@4",
+    "4f@4", "nf@4:mid", "nf@4:auto", "float:tensor",
 ]  # fmt: skip
 
 
@@ -57,7 +69,12 @@ ACTIVATIONS: list[tuple[str, ActivationSpec, str]] = [
     ("float", FLOAT_ACTIVATION, "float"),
     ("int8", ActivationSpec(8), "int8"),
     ("int2", ActivationSpec(2), "int2"),
+    ("int1", ActivationSpec(1), "int1"),
     ("int8:minmax", ActivationSpec(8), "int8"),
+    ("int4:mse", ActivationSpec(4, calibrator="mse"), "int4:mse"),
+    ("int8:entropy", ActivationSpec(8, calibrator="entropy"), "int8:entropy"),
+    ("int1:clip1", ActivationSpec(1, calibrator="clip1"), "int1:clip1"),
+    ("int4:clip6", ActivationSpec(4, calibrator="clip6"), "int4:clip6"),
     ("int8:p100", ActivationSpec(8), "int8"),
     ("int4:p99.9", ActivationSpec(4, 99.9), "int4:p99.9"),
     ("int4:p99", ActivationSpec(4, 99.0), "int4:p99"),
@@ -75,9 +92,10 @@ def test_activation_formats_parse(text: str, spec: ActivationSpec, written: str)
 
 
 NO_ACTIVATIONS = [
-    "", "int1", "int9", "int16", "log4", "int8:", "int8:p", "int8:p50", "int8:p0", "int8:p9", "int8:p101", "int8:p-99",
+    "", "int0", "int9", "int16", "log4", "int8:", "int8:p", "int8:p50", "int8:p0", "int8:p9", "int8:p101", "int8:p-99",
     "int8:p99.", "int8:pnan", "int8:99", "int8:minmax:p99", "int8:max", "int8:tensor", "float:p99", "INT8",
-    "int8:p99,9", "int8:p٩٩",
+    "int8:p99,9", "int8:p٩٩", "int8:mse:p99", "int8:percentile", "int8:kl", "int8:MSE", "int4:clip", "int4:clip2",
+    "float:mse", "int4:clip1:mse", "int4:pmse",
 ]  # fmt: skip
 
 
@@ -93,14 +111,28 @@ weight_specs = st.one_of(
     st.just(FLOAT),
     st.builds(
         WeightSpec,
-        st.sampled_from(["int", "log"]),
+        st.sampled_from(["int", "log", "nf"]),
         st.integers(1, 8),
         st.sampled_from(["channel", "tensor"]),
         st.sampled_from(["mse", "max"]),
     ),
+    st.builds(
+        WeightSpec,
+        st.just("int"),
+        st.integers(2, 4),
+        st.sampled_from(["channel", "tensor"]),
+        st.just("mse"),
+        st.sampled_from(["auto", "narrow", "full", "mid"]),
+    ),
+    st.builds(WeightSpec, st.just("ternary"), st.just(2), st.sampled_from(["channel", "tensor"])),
 )
 percentiles = st.floats(50, 100, exclude_min=True)
-activation_specs = st.one_of(st.just(FLOAT_ACTIVATION), st.builds(ActivationSpec, st.integers(2, 8), percentiles))
+calibrators = st.sampled_from(["mse", "entropy", "clip1", "clip6"])
+activation_specs = st.one_of(
+    st.just(FLOAT_ACTIVATION),
+    st.builds(ActivationSpec, st.integers(1, 8), percentiles),
+    st.builds(ActivationSpec, st.integers(1, 8), st.just(100.0), calibrators),
+)
 
 
 @settings(deadline=None)
@@ -117,7 +149,7 @@ def test_activation_formats_survive_writing_and_reading(spec: ActivationSpec) ->
 
 
 @settings(deadline=None, max_examples=300)
-@given(st.text(alphabet="intlogfea1248:p.max sr", max_size=16))
+@given(st.text(alphabet="intlogfea1248:p.max sryd@", max_size=16))
 def test_any_text_parses_or_is_a_plan_error(text: str) -> None:
     for parse in (WeightSpec.parse, ActivationSpec.parse):
         try:
@@ -145,12 +177,47 @@ def test_the_published_pattern_is_the_grammar(key: str, right: list[str], wrong:
 
 @pytest.mark.parametrize(
     ("text", "container"),
-    [("int1", 2), ("log1", 2), ("int2", 2), ("int3", 4), ("log4", 4), ("int5", 8), ("int8", 8), ("float", 32)],
-)
-def test_containers(text: str, container: int) -> None:
-    assert WeightSpec.parse(text).container_bits == container
+    [("int1", 1), ("log1", 1), ("ternary", 1.6), ("int2", 2), ("int2:mid", 2), ("int3", 3), ("log3", 3), ("log4", 4),
+     ("int5", 8), ("int8", 8), ("nf@4", 4), ("nf@6", 8), ("float", 32)],
+)  # fmt: skip
+def test_containers(text: str, container: float) -> None:
+    found = WeightSpec.parse(text).container_bits
+    assert found == container
+    assert str(found) == str(container)  # as reports print it
+
+
+def test_which_quantizer_a_format_asks_for() -> None:
+    words = {
+        "int4": "linear",
+        "int1": "binary",
+        "log1": "binary",
+        "log2": "log",
+        "ternary:max": "ternary",
+        "nf@1": "nf",
+    }
+    assert {text: WeightSpec.parse(text).quantizer for text in words} == words
+
+
+def test_specs_are_ordered_and_hashable() -> None:
+    specs = [spec for _, spec, _ in WEIGHTS]
+    assert len(set(specs)) == len({str(spec) for spec in specs})
+    words = ["int4:narrow", "int4", "ternary", "int2:mid", "int4:full"]
+    assert [str(s) for s in sorted(map(WeightSpec.parse, words))] == [
+        "int2:mid", "int4", "int4:full", "int4:narrow", "ternary",
+    ]  # fmt: skip
 
 
 def test_only_float_is_float() -> None:
     assert [t for t, spec, _ in WEIGHTS if spec.is_float] == ["float"]
     assert [t for t, spec, _ in ACTIVATIONS if spec.is_float] == ["float"]
+
+
+def test_activation_formats_are_ordered() -> None:
+    specs = [ActivationSpec.parse(text) for text in ("int8", "int4:mse", "int8:entropy", "int4", "int4:p99", "float")]
+    assert [str(spec) for spec in sorted(specs)] == ["int4:p99", "int4:mse", "int4", "int8:entropy", "int8", "float"]
+
+
+@pytest.mark.parametrize("calibrator", ["mse", "entropy", "clip1", "clip6"])
+def test_a_percentile_belongs_to_its_calibrator(calibrator: Any) -> None:
+    with pytest.raises(PlanError, match="only the calibrator percentile takes a percentile"):
+        ActivationSpec(4, 99.0, calibrator)

@@ -81,3 +81,12 @@ def test_what_a_quantization_says_of_its_layers(one_layer: Callable[..., Prepare
     assert (stored.weights, stored.channels, stored.spec) == (216, 6, WeightSpec.parse("log3:tensor"))
     (stored,) = Quantized().stored(prepared)
     assert stored.spec.is_float
+
+
+def test_weights_that_share_a_table_must_have_the_same() -> None:
+    """A planted mistake: a quantizer whose table depends on the weight; the second would read the first one's."""
+    additions = Additions(ir.Graph([], [], nodes=[], name="g"))
+    first = additions.shared("qopt/x_levels", np.array([0, 1], np.int8))
+    assert additions.shared("qopt/x_levels", np.array([0, 1], np.int8)) is first
+    with pytest.raises(VerificationError, match="qopt/x_levels: weights of one format have different tables"):
+        additions.shared("qopt/x_levels", np.array([0, 2], np.int8))

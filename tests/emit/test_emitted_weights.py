@@ -19,6 +19,7 @@ from qopt.runtime.kernels import count_kernels
 from qopt.runtime.session import to_bytes
 
 FORMATS = [f"{kind}{bits}{option}" for kind in ("int", "log") for bits in range(1, 9) for option in ("", ":tensor")]
+FORMATS += ["ternary", "int2:full", "int3:mid", "int4:mid", "int4:narrow"]
 INTEGER_FORMATS = [f for f in FORMATS if not f.startswith(("log5", "log6", "log7", "log8"))]
 OPS = [
     "Conv", "grouped", "depthwise", "Conv1d", "ConvTranspose", "Gemm", "Gemm_t", "Gemm_row", "MatMul", "MatMul_left",

@@ -21,7 +21,7 @@ OPS = [
     "MatMul_3d",
 ]  # fmt: skip
 AFTER = ["none", "Relu", "relu_twice", "clip6", "Sigmoid", "relu_logits"]
-PACKING = {"Cast", "Gather", "Slice", "ConstantOfShape"}
+PACKING = {"Cast", "Gather", "Slice", "ConstantOfShape", "Div", "Mod", "ReduceSum"}
 
 
 def kernels(prepared: Prepared, quantized: Quantized) -> Kernels:
@@ -79,7 +79,11 @@ def test_prediction_and_runtime_agree(
         ("MatMul_3d", False, True, "QLinearMatMul"), ("MatMul_3d", True, True, "MatMulIntegerToFloat"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("spec", ["int1", "int2", "int3", "int4:tensor", "int8", "log2", "log3:tensor", "log4"])
+@pytest.mark.parametrize(
+    "spec",
+    ["int1", "ternary", "int2", "int3", "int3:full", "int3:mid", "int4:tensor", "int4:mid", "int8", "log2",
+     "log3:tensor", "log4"],
+)  # fmt: skip
 def test_kernels_by_name(
     spec: str, op: str, bias: bool, written: bool, kernel: str, one_layer: Callable[..., Prepared],
     codes_of: Callable[..., Any],
@@ -92,7 +96,7 @@ def test_kernels_by_name(
     assert found.float_ == 0
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", range(1, 9))
 def test_few_bits_fuse_like_eight(bits: int, one_layer: Callable[..., Prepared], codes_of: Callable[..., Any]) -> None:
     """The clip is on the codes, behind QuantizeLinear, where it breaks no pattern."""
     for op, after, kernel in (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 from hypothesis import given, settings
@@ -19,6 +18,7 @@ from qopt.size import Stored, code_bits, stored_bits, stored_bytes, table_bytes
 from qopt.spec import FLOAT, WeightSpec
 
 FORMATS = [f"{kind}{bits}{option}" for kind in ("int", "log") for bits in range(1, 9) for option in ("", ":tensor")]
+FORMATS += ["ternary", "int2:full", "int3:mid", "int4:mid", "int4:narrow"]
 
 
 @pytest.fixture(scope="session")
@@ -79,25 +79,49 @@ def test_any_mixture(specs: tuple[str, str, str], integer: bool, three_layers: P
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 9, 13])
 @pytest.mark.parametrize(
-    ("spec", "container"), [("int1", 2), ("int2", 2), ("log2", 2), ("int4", 4), ("log3", 4), ("int5", 8)]
+    ("spec", "codes", "container"),
+    [
+        ("int1", 8, 1),
+        ("log1", 8, 1),
+        ("ternary", 5, 1),
+        ("int2", 4, 1),
+        ("log2", 4, 1),
+        ("int3", 8, 3),
+        ("log3", 8, 3),
+        ("int4", 2, 1),
+        ("int5", 1, 1),
+        ("float", 1, 4),
+    ],
 )
-def test_codes_fill_whole_bytes(spec: str, container: int, size: int) -> None:
+def test_codes_fill_whole_groups_of_bytes(spec: str, codes: int, container: int, size: int) -> None:
     stored = Stored(size, 1, WeightSpec.parse(spec))
-    assert stored.code_bytes == -(-size * container // 8)
-    assert stored.bytes == stored.code_bytes + 4
+    assert stored.code_bytes == -(-size // codes) * container
+    assert stored.bytes == stored.code_bytes + (4 if spec != "float" else 0)
 
 
 def test_tables_by_hand() -> None:
-    sizes = {"float": 0, "int1": 1024, "int2": 1024, "int3": 0, "int4": 0, "int8": 0}
-    sizes |= {"log1": 1024, "log2": 1024, "log3": 16, "log4": 16, "log5": 1024, "log8": 1024}
+    """Powers of the base and the base, four bytes each, and a level per digit; ``auto`` counts both grids."""
+    two, three, four, eight = 4 + 4 * 8, 4 + 4 * 5, 4 + 4 * 4, 4 + 4 * 8 + 4 * 3
+    sizes = {"float": 0, "int1": two + 2, "log1": two + 2, "ternary": three + 3, "log2": four + 4, "log3": eight + 8}
+    sizes |= {
+        "int2:full": four + 4,
+        "int2:mid": four + 4,
+        "int2": four + 8,
+        "int3:narrow": eight + 8,
+        "int3": eight + 16,
+    }
+    sizes |= {"int2:max": four + 4, "int4:max": 0, "int4:full": 0, "int4:mid": 16, "int4": 16, "log4": 16, "int8": 0}
+    sizes |= {"log5": 1024, "log8": 1024, "nf@4": 16, "nf@2": four + 4, "nf@6": 1024}
     assert {text: table_bytes(WeightSpec.parse(text)) for text in sizes} == sizes
+    assert [table_bytes(WeightSpec.parse("int4"), grid) for grid in ("narrow", "full", "mid", "auto")] == [0, 0, 16, 16]
 
 
 @pytest.mark.parametrize(
     ("formats", "tables"),
     [
-        (["int1", "int2", "log1"], 1024), (["int2", "log2"], 2048), (["log3", "log4"], 32), (["log5", "log6"], 2048),
-        (["int4", "int8", "float"], 0), (["int2", "int2:tensor", "int2:max"], 1024),
+        (["int1", "log1"], 38), (["int2:full", "log2"], 28), (["log3", "log4"], 56 + 16), (["log5", "log6"], 2048),
+        (["int4:max", "int8", "float"], 0), (["int2:full", "int2:narrow:tensor", "int2:max"], 24),
+        (["int2:mid", "int2:full"], 28), (["int2", "int2:tensor"], 28), (["int2:full", "int2"], 28),
     ],
 )  # fmt: skip
 def test_tables_are_counted_once(formats: list[str], tables: int) -> None:
@@ -106,10 +130,12 @@ def test_tables_are_counted_once(formats: list[str], tables: int) -> None:
 
 
 def test_averages() -> None:
-    items = [Stored(300, 10, WeightSpec.parse("int4:tensor")), Stored(100, 10, FLOAT)]
+    items = [Stored(300, 10, WeightSpec.parse("int4:tensor:max")), Stored(100, 10, FLOAT)]
     assert code_bits(items) == (300 * 4 + 100 * 32) / 400
     assert stored_bytes(items) == 150 + 4 + 400
     assert stored_bits(items) == 8 * 554 / 400
     assert (code_bits([]), stored_bits([]), stored_bytes([])) == (0.0, 0.0, 0)
     assert code_bits(iter(items)) == code_bits(items)
-    assert np.isclose(code_bits([Stored(7, 1, WeightSpec.parse("log3"))]), 4.0)
+    assert code_bits([Stored(7, 1, WeightSpec.parse("log3"))]) == 3.0
+    mixed = [Stored(100, 1, WeightSpec.parse(text)) for text in ("int1", "ternary", "int8")]
+    assert code_bits(mixed) == pytest.approx((1 + 1.6 + 8) / 3)

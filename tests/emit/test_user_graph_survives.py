@@ -182,9 +182,12 @@ def test_tables_are_shared_between_layers(graph: Any, codes_of: Any) -> None:
     g.op("Gemm", ["b", g.random("c.weight", 15, 15)], "c")
     g.head("c")
     prepared = g.prepared()
-    weights = codes_of(prepared, "int2", "a.weight") | codes_of(prepared, "int1", "b.weight")
+    weights = codes_of(prepared, "int2:full", "a.weight") | codes_of(prepared, "int1", "b.weight")
     model = emit(prepared, Quantized(weights | codes_of(prepared, "log1", "c.weight")))
-    assert [name for name in model.graph.initializers if name.endswith("levels")] == ["qopt/int2_levels"]
+    assert [name for name in model.graph.initializers if name.endswith("levels")] == [
+        "qopt/int2_levels",
+        "qopt/binary_levels",
+    ]
     mixed = codes_of(prepared, "log3", "a.weight") | codes_of(prepared, "log4", "b.weight", "c.weight")
     model = emit(prepared, Quantized(mixed))
     assert sorted(n for n in model.graph.initializers if n.endswith("levels")) == [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -49,7 +50,9 @@ def test_by_hand() -> None:
     layer = described("a", 8, 9)
     model = BitsModel()
     assert model.layer_cost(layer, WeightSpec.parse("int4")) == {"code_bits": 288.0, "bytes": 36.0 + 32.0}
-    assert model.layer_cost(layer, WeightSpec.parse("int3:tensor")) == {"code_bits": 288.0, "bytes": 36.0 + 4.0}
+    assert model.layer_cost(layer, WeightSpec.parse("int3:tensor")) == {"code_bits": 216.0, "bytes": 27.0 + 4.0}
+    ternary = model.layer_cost(layer, WeightSpec.parse("ternary"))
+    assert ternary == {"code_bits": pytest.approx(72 * 1.6), "bytes": 15.0 + 32.0}
     assert model.layer_cost(layer, WeightSpec.parse("log2")) == {"code_bits": 144.0, "bytes": 18.0 + 32.0}
     assert model.layer_cost(layer, FLOAT) == {"code_bits": 2304.0, "bytes": 288.0}
 

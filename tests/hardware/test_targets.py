@@ -9,7 +9,7 @@ from qopt.hardware.targets import TARGETS, parse_target
 from qopt.limits import Limit
 from qopt.plugins import plugins
 
-MIXED = "int2, log2, int4, int4:max, log4, log4:max, int8"
+MIXED = "ternary, int2, int3, int4, int4:max, log4, log4:max, int8"
 EXPANSIONS = {
     "int8": "int8: weights int8; activations int8; bits<=8",
     "int4": f"int4: weights {MIXED}; activations int8; bits<=4",

@@ -14,6 +14,7 @@ import torch
 
 import qopt
 from qopt.config import Options
+from qopt.data import Data
 from qopt.errors import PlanError, UsageError
 from qopt.graph.load import load_model
 from qopt.graph.prepare import prepare
@@ -42,19 +43,21 @@ def test_an_all_float_plan_reproduces_the_model(examples: Path) -> None:
     assert {layer.format for layer in bundle.report.layers} == {"float"}
 
 
-def test_the_emitted_plan_applied_again_gives_the_same_file(
-    bundle: qopt.Bundle, example_onnx: Path, tmp_path: Path
+def test_the_emitted_plan_gives_the_same_file_again(
+    bundle: qopt.Bundle, example_onnx: Path, fashion: Data, tmp_path: Path
 ) -> None:
-    """Ranges are in the plan, so that it needs no images unless it corrects biases."""
-    plan = bundle.plan.with_changes(bias_correction=False)
+    """Rounding by GPTQ and bias correction need the images again; ranges are in the plan."""
     path = tmp_path / "plan.json"
-    path.write_text(plan.to_json())
-    first = qopt.optimize(example_onnx, plan=path)
-    second = qopt.optimize(example_onnx, plan=plan)
-    assert first.model == second.model
-    assert first.plan.ranges == bundle.plan.ranges
-    assert first.report.search.strategy == "none, the plan was given"
-    assert [layer.format for layer in first.report.layers] == [layer.format for layer in bundle.report.layers]
+    path.write_text(bundle.plan.to_json())
+    again = qopt.optimize(example_onnx, plan=path, data=fashion, calibration_images=128, probe_images=64)
+    assert again.model == bundle.model
+    assert again.plan == bundle.plan
+    assert again.report.search.strategy == "none, the plan was given"
+    assert [layer.format for layer in again.report.layers] == [layer.format for layer in bundle.report.layers]
+    nearest = bundle.plan.with_changes(rounding="nearest", bias_correction=False)
+    without_images = qopt.optimize(example_onnx, plan=nearest)
+    assert without_images.plan.ranges == bundle.plan.ranges
+    assert without_images.report.kernels.integer == bundle.report.kernels.integer
 
 
 def test_an_edit_reaches_the_file(example_onnx: Path) -> None:
@@ -70,7 +73,7 @@ def test_an_edit_reaches_the_file(example_onnx: Path) -> None:
 @pytest.mark.parametrize("kind", ["int", "log"])
 def test_every_format_compiles(example_onnx: Path, kind: Any, bits: int) -> None:
     bundle = qopt.optimize(example_onnx, plan=uniform(WeightSpec(kind, bits)))
-    container = {1: 2, 2: 2, 3: 4, 4: 4}.get(bits, 8)
+    container = bits if bits <= 4 else 8
     assert bundle.report.size.code_bits == container
     assert bundle.report.size.stored_bits >= container
 
@@ -87,6 +90,8 @@ def test_every_format_compiles(example_onnx: Path, kind: Any, bits: int) -> None
         ({"schema": 2}, "schema"),
         ({"model": "0" * 64}, "the plan was made for another model"),
         ({"bias_correction": True, "defaults": {"weights": "int4"}}, "bias correction needs images"),
+        ({"rounding": "gptq", "defaults": {"weights": "int4"}}, "rounding by GPTQ needs images"),
+        ({"rounding": "adaround"}, "rounding"),
     ],
 )
 def test_a_plan_that_does_not_fit(example_onnx: Path, tmp_path: Path, plan: dict[str, Any], words: str) -> None:
@@ -112,6 +117,7 @@ def test_a_plan_that_is_not_there(example_onnx: Path, tmp_path: Path) -> None:
             "qopt optimize m.onnx --limit 'bits<=3.5' --gate masking=none --eps 0.10000000000000001",
         ),
         (Options(mean=(0.5, 0.25), std=(1.0, 2.0)), "qopt optimize m.onnx --mean 0.5,0.25 --std 1,2"),
+        (Options(calibration="mixed"), "qopt optimize m.onnx --calibration mixed"),
         (Options(baselines=("int2",)), "qopt optimize m.onnx --baseline int2"),
     ],
 )

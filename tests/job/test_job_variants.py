@@ -64,7 +64,7 @@ def test_limits_are_kept(example_onnx: Path, limit: str) -> None:
 
 
 def test_an_unreachable_limit_names_what_can_be_reached(example_onnx: Path) -> None:
-    with pytest.raises(InfeasibleError, match="at least 2 bits"):
+    with pytest.raises(InfeasibleError, match=r"at least 1\.6 bits"):
         optimize(example_onnx, limits=("bits<=1.5",))
 
 
@@ -76,6 +76,8 @@ def test_an_unreachable_limit_names_what_can_be_reached(example_onnx: Path) -> N
         ({"gates": ("clean_drop<=1",)}, "give --data"),
         ({"thresholds": "weighted"}, "--thresholds: weighted thresholds .*; give --data"),
         ({"bias_correction": "on"}, "--bias-correction: .*; give --data"),
+        ({"calibration": "adversarial"}, "--calibration: adversarial images are made of images; give --data"),
+        ({"calibration": "advers"}, "expected clean, adversarial, mixed"),
         ({"limits": ("latency<=5ms",)}, "prices latency"),
         ({"thresholds": "papers"}, "expected auto, paper"),
         ({"bias_correction": "yes"}, "expected auto, on, off"),
@@ -192,12 +194,13 @@ def test_a_module_with_a_shared_layer(tiny_data: Data, robust: bool) -> None:
     assert bundle.report.kernels.floating == 0
 
 
-def test_a_network_that_takes_one_batch_size_only(tmp_path: Path, tiny_data: Data) -> None:
+@pytest.mark.parametrize("calibration", ["clean", "mixed"])
+def test_a_network_that_takes_one_batch_size_only(tmp_path: Path, tiny_data: Data, calibration: str) -> None:
     """A class token that was folded at batch 4 ties the graph to it; 60 images are no multiple of 7 either."""
     torch.manual_seed(0)
     path = tmp_path / "static.onnx"
     path.write_bytes(static_network(7).SerializeToString())
-    bundle = optimize(path, data=tiny_data, robust=True, eps=0.05, gates=(), **SMALL)
+    bundle = optimize(path, data=tiny_data, robust=True, eps=0.05, gates=(), calibration=calibration, **SMALL)
     assert bundle.report.model.batch == 7
     assert bundle.report.kernels.agreement is not None
     assert bundle.report.kernels.agreement > 0.9

@@ -44,7 +44,7 @@ def _ranges(prepared: Prepared, twin: GraphModule, sample: torch.Tensor, bits: i
     calibrate = Calibrate(sample, prepared.batch or 64)
     calibrate(twin)
     tensors = quantizable(twin)
-    bounds = calibrate.bounds(dict.fromkeys(tensors, 100.0))
+    bounds = calibrate.bounds(dict.fromkeys(tensors, ActivationSpec(bits)))
     return {v: AffineRange.from_bounds(*bounds[t], bits) for t, values in tensors.items() for v in values}
 
 
@@ -57,7 +57,7 @@ def _quantizer_calls(twin: GraphModule) -> dict[str, Node]:
     }
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 4, 2, 1])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_quantized_tensor_equals_the_files(
     name: str,

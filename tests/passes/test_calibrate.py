@@ -17,9 +17,12 @@ from qopt.passes.annotate import Annotate, quantizable
 from qopt.passes.base import Pipeline
 from qopt.passes.calibrate import Calibrate
 from qopt.passes.canonicalise_linear import CanonicaliseLinear
+from qopt.quant import AffineRange, RangeObserver, calibrated_bounds
+from qopt.spec import ActivationSpec
 
 Values = Callable[..., dict[str, NDArray[np.float32]]]
 Images = Callable[..., torch.Tensor]
+SPECS = {"r1": "int8:p99", "c2": "int4:p99", "r2": "int8"}
 NAMES = ["plain", "residual", "concat", "depthwise", "mlp", "pool", "tokens", "shared", "static"]
 
 
@@ -48,7 +51,7 @@ def test_minimum_and_maximum_are_exact(
     tensors = list(quantizable(twin))
     assert list(calibrate.observers) == tensors
     for tensor, values in _oracle(prepared, tensors, sample, onnx_values).items():
-        low, high = calibrate.bounds({tensor: 100.0})[tensor]
+        low, high = calibrate.bounds({tensor: ActivationSpec(8)})[tensor]
         assert (low, high) == pytest.approx((float(values.min()), float(values.max())), abs=1e-5)
         assert calibrate.observers[tensor].count == values.size
 
@@ -63,7 +66,7 @@ def test_percentiles_are_those_of_numpy(
     calibrate = Calibrate(sample, prepared.batch or 5)
     calibrate(twin)
     tensors = list(quantizable(twin))
-    found = calibrate.bounds(dict.fromkeys(tensors, percentile))
+    found = calibrate.bounds(dict.fromkeys(tensors, ActivationSpec(8, percentile)))
     for tensor, values in _oracle(prepared, tensors, sample, onnx_values).items():
         bins = [calibrate.observers[tensor].bin_width] * 2
         expected = np.percentile(values.astype(np.float64), [100 - percentile, percentile])
@@ -76,7 +79,7 @@ def test_the_batch_size_does_not_matter(networks: dict[str, Prepared], images: I
     for size in (1, 4, 9, 100):
         calibrate = Calibrate(sample, size)
         calibrate(_marked(networks["residual"]))
-        found.append(calibrate.bounds({"r1": 99.0, "c2": 99.0, "r2": 100.0}))
+        found.append(calibrate.bounds({name: ActivationSpec.parse(spec) for name, spec in SPECS.items()}))
     for other in found[1:]:
         for name, bounds in other.items():
             assert bounds == pytest.approx(found[0][name], abs=1e-5)
@@ -98,7 +101,7 @@ def test_a_second_run_adds_to_the_first(networks: dict[str, Prepared], images: I
     whole(twin)
     first(twin)
     Calibrate(sample[3:], observers=first.observers)(twin)
-    names = dict.fromkeys(whole.observers, 95.0)
+    names = dict.fromkeys(whole.observers, ActivationSpec(8, 95.0))
     assert first.bounds(names) == whole.bounds(names)
 
 
@@ -115,3 +118,42 @@ def test_an_activation_that_is_not_finite_is_named_in_one_line(network: Callable
         Calibrate(torch.zeros(1, 2, 4, 4))(twin)
     assert "\n" not in str(caught.value)
     assert "\n" not in str(caught.value.args[0])
+
+
+@pytest.mark.parametrize("spec", ["int8:mse", "int4:mse", "int2:mse", "int4:entropy", "int4:clip6", "int1"])
+@pytest.mark.parametrize("name", ["plain", "residual", "mlp"])
+def test_every_calibrator_sees_what_onnx_runtime_computes(
+    name: str, spec: str, networks: dict[str, Prepared], images: Images, onnx_values: Values
+) -> None:
+    prepared = networks[name]
+    sample, twin = images(prepared, 12), _marked(prepared)
+    calibrate = Calibrate(sample, 5)
+    calibrate(twin)
+    tensors = list(quantizable(twin))
+    found = calibrate.bounds(dict.fromkeys(tensors, ActivationSpec.parse(spec)))
+    for tensor, values in _oracle(prepared, tensors, sample, onnx_values).items():
+        observer = RangeObserver(tensor)
+        observer.update(torch.from_numpy(values))
+        expected = calibrated_bounds(observer, ActivationSpec.parse(spec))
+        assert found[tensor] == pytest.approx(expected, abs=max(1e-5, 2 * observer.bin_width)), tensor
+
+
+@pytest.mark.parametrize("calibrator", ["minmax", "p99", "mse", "entropy"])
+def test_what_a_relu6_has_clipped_gets_no_codes_beyond(calibrator: str, network: Callable[[str], Prepared]) -> None:
+    prepared = network(
+        """(float[n,2,4,4] x, float[3,2,1,1] w, float[3,3,1,1] v) => (float[n,48] y)
+        <float low = {0}, float high = {6}> {
+            c = Conv (x, w)
+            r = Clip (c, low, high)
+            d = Conv (r, v)
+            y = Flatten (d)
+        }"""
+    )
+    twin = _marked(prepared)
+    calibrate = Calibrate(10 * torch.randn(16, 2, 4, 4, generator=torch.Generator().manual_seed(0)))
+    calibrate(twin)
+    assert calibrate.observers["r"].bounds() == (0.0, 6.0)
+    low, high = calibrate.bounds({"r": ActivationSpec.parse(f"int4:{calibrator}")})["r"]
+    assert 0.0 <= low <= calibrate.observers["r"].bin_width
+    assert 1.0 < high <= 6.0
+    assert AffineRange.from_bounds(low, high, 4).zero_point == 0

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from qopt.graph.model import Prepared
 from qopt.graph.twin import build_twin
-from qopt.passes import observe_moments
+from qopt.passes import layer_inputs
 from qopt.passes.base import Pipeline
 from qopt.passes.canonicalise_linear import CanonicaliseLinear
-from qopt.passes.observe_moments import MAX_COLUMNS, ObserveMoments
+from qopt.passes.layer_inputs import MAX_COLUMNS
+from qopt.passes.observe_moments import ObserveMoments
 
 Array = NDArray[np.float64]
 Network = Callable[..., Prepared]
@@ -193,7 +194,7 @@ def test_long_rows_are_left_out(
     limit: int, kept: set[str], networks: dict[str, Prepared], images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert MAX_COLUMNS == 512 * 9
-    monkeypatch.setattr(observe_moments, "MAX_COLUMNS", limit)
+    monkeypatch.setattr(layer_inputs, "MAX_COLUMNS", limit)
     assert set(_observe(networks["shared"], images(networks["shared"], 2))) == kept
 
 

@@ -1,4 +1,4 @@
-"""Packed codes: round trip, and the very bytes that ONNX writes."""
+"""Codes that share bytes: round trip, and the very bytes that ONNX would write for two bits."""
 
 from __future__ import annotations
 
@@ -11,92 +11,105 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from qopt.errors import UsageError, VerificationError
-from qopt.quant import pack, unpack
+from qopt.quant import pack, powers, unpack
+from qopt.spec import Packing, WeightSpec
 
-ONNX_TYPES = {
-    (4, True): ml_dtypes.int4,
-    (4, False): ml_dtypes.uint4,
-    (2, True): ml_dtypes.int2,
-    (2, False): ml_dtypes.uint2,
-    (8, True): np.int8,
-    (8, False): np.uint8,
-}
+PACKINGS = {name: WeightSpec.parse(name).packing for name in ("int1", "ternary", "int2", "int3")}
 
 
 @st.composite
-def codes(draw: st.DrawFn) -> tuple[NDArray[np.int64], int, bool]:
-    bits, signed = draw(st.sampled_from(sorted(ONNX_TYPES)))
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    shape = draw(st.sampled_from([(0,), (1,), (2,), (3,), (5,), (4, 3), (2, 3, 3, 3), (7, 1)]))
-    flat = draw(st.lists(st.integers(low, high), min_size=int(np.prod(shape)), max_size=int(np.prod(shape))))
-    return np.array(flat, dtype=np.int64).reshape(shape), bits, signed
+def codes(draw: st.DrawFn) -> tuple[NDArray[np.int64], Packing]:
+    packing = draw(st.sampled_from(list(PACKINGS.values())))
+    shape = draw(st.sampled_from([(0,), (1,), (2,), (3,), (5,), (8,), (4, 3), (2, 3, 3, 3), (7, 1)]))
+    size = int(np.prod(shape))
+    flat = draw(st.lists(st.integers(0, packing.base - 1), min_size=size, max_size=size))
+    return np.array(flat, dtype=np.int64).reshape(shape), packing
 
 
 @given(codes())
 @settings(deadline=None, max_examples=150)
-def test_round_trip(case: tuple[NDArray[np.int64], int, bool]) -> None:
-    values, bits, signed = case
-    packed = pack(values, bits, signed=signed)
+def test_round_trip(case: tuple[NDArray[np.int64], Packing]) -> None:
+    values, packing = case
+    packed = pack(values, packing)
     assert packed.dtype == np.uint8
-    assert packed.shape == (-(-values.size * bits // 8),)
-    back = unpack(packed, bits, values.shape, signed=signed)
-    assert back.dtype == (np.int8 if signed else np.uint8)
+    assert packed.shape == (-(-values.size // packing.codes), packing.bytes)
+    back = unpack(packed, packing, values.shape)
+    assert back.dtype == np.uint8
     assert np.array_equal(back, values)
 
 
 @given(codes())
 @settings(deadline=None, max_examples=100)
-def test_the_bytes_are_those_of_onnx(case: tuple[NDArray[np.int64], int, bool]) -> None:
-    values, bits, signed = case
-    stored = numpy_helper.from_array(values.astype(ONNX_TYPES[bits, signed])).raw_data
-    assert pack(values, bits, signed=signed).tobytes() == stored
+def test_powers_of_two_are_a_stream_of_bits(case: tuple[NDArray[np.int64], Packing]) -> None:
+    """An oracle without arithmetic: the bits of all codes behind each other, lowest first."""
+    values, packing = case
+    if packing.base == 3:
+        return
+    width = {2: 1, 4: 2, 8: 3}[packing.base]
+    bits = [int(code) >> place & 1 for code in values.reshape(-1) for place in range(width)]
+    stream = np.packbits(np.array(bits, np.uint8), bitorder="little")
+    packed = pack(values, packing).reshape(-1)
+    assert np.array_equal(packed[: len(stream)], stream)
+    assert not packed[len(stream) :].any()
+
+
+def test_two_bits_are_those_of_onnx() -> None:
+    values = np.random.default_rng(0).integers(0, 4, 37)
+    stored = numpy_helper.from_array(values.astype(ml_dtypes.uint2)).raw_data
+    assert pack(values, PACKINGS["int2"]).tobytes() == stored
 
 
 @pytest.mark.parametrize(
-    ("values", "bits", "signed", "expected"),
+    ("values", "name", "expected"),
     [
-        ([1, 2, 3], 4, False, [0x21, 0x03]),
-        ([-1, 7, -8], 4, True, [0x7F, 0x08]),
-        ([1, 2, 3, 0, 1], 2, False, [0b00111001, 0b01]),
-        ([1, -1, -2, 0], 2, True, [0b00101101]),
-        ([-1, 127, -128], 8, True, [255, 127, 128]),
+        ([1, 2, 3, 0, 1], "int2", [[0b00111001], [0b01]]),
+        ([1, 0, 0, 1, 0, 0, 0, 1, 1], "int1", [[0b10001001], [1]]),
+        ([2, 1, 0, 0, 2, 1], "ternary", [[2 + 3 + 2 * 81], [1]]),
+        ([2, 2, 2, 2, 2], "ternary", [[242]]),
+        ([7, 0, 0, 0, 0, 0, 0, 7], "int3", [[7, 0, 0b11100000]]),
+        ([1, 2, 3], "int3", [[0b11_010_001, 0, 0]]),
     ],
 )
-def test_golden_bytes(values: list[int], bits: int, signed: bool, expected: list[int]) -> None:
-    assert pack(np.array(values), bits, signed=signed).tolist() == expected
+def test_golden_bytes(values: list[int], name: str, expected: list[list[int]]) -> None:
+    assert pack(np.array(values), PACKINGS[name]).tolist() == expected
 
 
-def test_high_bits_first_would_be_caught() -> None:
-    """A planted mistake: the first element in the high bits."""
-    values = np.array([1, 2, 3, 4])
-    swapped = np.array([values[0] << 4 | values[1], values[2] << 4 | values[3]], dtype=np.uint8)
-    assert not np.array_equal(unpack(swapped, 4, (4,), signed=False), values)
+@pytest.mark.parametrize("name", PACKINGS)
+def test_a_full_group_fills_its_bytes(name: str) -> None:
+    """The last digits reach the last byte, none overflows, and no more codes would fit."""
+    base, count, size = PACKINGS[name]
+    assert base**count <= 256**size < base ** (count + 1)
+    assert (
+        unpack(pack(np.full(count, base - 1), PACKINGS[name]), PACKINGS[name], (count,)).tolist() == [base - 1] * count
+    )
 
 
-@pytest.mark.parametrize(
-    ("values", "bits", "signed"),
-    [([8], 4, True), ([-9], 4, True), ([16], 4, False), ([-1], 4, False), ([2], 2, True), ([4], 2, False),
-     ([256], 8, False)],
-)  # fmt: skip
-def test_codes_that_do_not_fit(values: list[int], bits: int, signed: bool) -> None:
-    with pytest.raises(VerificationError, match=f"do not fit {bits} bits"):
-        pack(np.array(values), bits, signed=signed)
+def test_high_digits_first_would_be_caught() -> None:
+    """A planted mistake: the first code in the high digits."""
+    values = np.array([1, 0, 2, 0, 0])
+    swapped = np.array([[int(values @ 3 ** np.arange(5)[::-1])]], dtype=np.uint8)
+    assert not np.array_equal(unpack(swapped, PACKINGS["ternary"], (5,)), values)
+
+
+@pytest.mark.parametrize(("value", "name"), [(2, "int1"), (-1, "int1"), (3, "ternary"), (4, "int2"), (8, "int3")])
+def test_codes_that_do_not_fit(value: int, name: str) -> None:
+    with pytest.raises(VerificationError, match=f"do not fit base {PACKINGS[name].base}"):
+        pack(np.array([0, value]), PACKINGS[name])
 
 
 def test_codes_must_be_integers() -> None:
     with pytest.raises(VerificationError, match="float64"):
-        pack(np.array([1.0]), 4, signed=True)
+        pack(np.array([1.0]), PACKINGS["int2"])
 
 
-@pytest.mark.parametrize("bits", [0, 1, 3, 16])
-def test_unknown_containers(bits: int) -> None:
-    with pytest.raises(UsageError, match="container"):
-        pack(np.array([0]), bits, signed=True)
-    with pytest.raises(UsageError, match="container"):
-        unpack(np.zeros(1, dtype=np.uint8), bits, (1,), signed=True)
-
-
-@pytest.mark.parametrize("shape", [(1,), (5,), (2, 3)])
+@pytest.mark.parametrize("shape", [(1,), (5,), (3, 3)])
 def test_wrong_number_of_bytes(shape: tuple[int, ...]) -> None:
     with pytest.raises(UsageError, match="wrong size"):
-        unpack(np.zeros(2, dtype=np.uint8), 4, shape, signed=True)
+        unpack(np.zeros((2, 1), dtype=np.uint8), PACKINGS["int1"], (shape[0] if shape == (1,) else 40,))
+    with pytest.raises(UsageError, match="wrong size"):
+        unpack(np.zeros((3, 3), dtype=np.uint8), PACKINGS["int3"], shape)
+
+
+def test_powers() -> None:
+    assert powers(3, 5).tolist() == [1, 3, 9, 27, 81]
+    assert powers(256, 3).dtype == np.int32

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,21 +11,33 @@ from torch import Tensor
 from qopt.quant import quantize_weight
 from qopt.quant.codebook import Codebook, codebook
 from qopt.quant.scales import max_abs_scale, mean_square_scale, storable
-from qopt.spec import WeightSpec
+from qopt.spec import Grid, WeightSpec
 
 SPECS = [WeightSpec(kind, bits) for kind in ("int", "log") for bits in (2, 3, 4, 6, 8)]
 
 
 def error_at(row: Tensor, scale: Tensor, codes: Codebook) -> Tensor:
     """The squared error of the nearest level, by trying every level; scale (k,) gives (k,)."""
-    levels = torch.cat([-codes.levels.flip(0), torch.zeros(1, dtype=torch.float64), codes.levels])
+    lowest = torch.tensor([-codes.top - 1] if codes.lowest else [], dtype=torch.float64)
+    zero = torch.tensor([0.0] if codes.nearest[0] > 0 else [], dtype=torch.float64)
+    levels = torch.cat([lowest, -codes.levels.flip(0), zero, codes.levels])
     distance = (row[None, :, None] - scale[:, None, None] * levels).abs().amin(dim=2)
     return distance.square().sum(dim=1)
 
 
 def brute_force(row: Tensor, codes: Codebook) -> float:
-    """The lowest error of 600 scales up to where the largest magnitude just still takes the top level."""
-    scales = float(row.abs().max() / codes.nearest[-1]) * torch.logspace(-6, -1e-6, 600, base=2, dtype=torch.float64)
+    """The lowest error of 600 scales up to where the largest magnitude just still takes the top level.
+
+    Of either sign, where the levels are not symmetric.
+    """
+    if codes.lowest:
+        plain = replace(codes, lowest=False)
+        return min(_brute_force(sign * row, codes, plain) for sign in (1, -1))
+    return _brute_force(row, codes, codes)
+
+
+def _brute_force(row: Tensor, codes: Codebook, plain: Codebook) -> float:
+    scales = float(row.abs().max() / plain.nearest[-1]) * torch.logspace(-6, -1e-6, 600, base=2, dtype=torch.float64)
     return min(float(error_at(row, part, codes).min()) for part in torch.split(scales, 50))
 
 
@@ -49,6 +63,17 @@ def test_close_to_the_best_of_600_scales(spec: WeightSpec, kind: str, count: int
     assert found <= best * (1.02 if count == 200 or spec.bits <= 4 else 1.1)
 
 
+@pytest.mark.parametrize(("bits", "grid"), [(b, "full") for b in (2, 3, 4, 6, 8)] + [(b, "mid") for b in (2, 3, 4)])
+@pytest.mark.parametrize("kind", ["gauss", "heavy", "outlier"])
+@pytest.mark.parametrize("count", [9, 200])
+def test_other_grids_are_close_to_the_best_of_all_scales(bits: int, grid: Grid, kind: str, count: int) -> None:
+    codes = codebook(WeightSpec("int", bits), grid)
+    rows = torch.stack([sample(kind, count, seed) for seed in range(6)])
+    scale = mean_square_scale(rows, codes).double()
+    found = sum(float(error_at(row, one[None], codes)) for row, one in zip(rows, scale, strict=True))
+    assert found <= sum(brute_force(row, codes) for row in rows) * (1.02 if count == 200 or bits <= 4 else 1.1)
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.short)
 def test_max_abs_alone_would_be_caught(spec: WeightSpec) -> None:
     """A planted mistake: the search returns its starting point."""
@@ -64,7 +89,7 @@ def test_ternary_scale_is_the_mean_of_the_kept_magnitudes() -> None:
     magnitudes = row.abs().sort(descending=True).values
     gains = magnitudes.cumsum(0).square() / torch.arange(1, 501)
     kept = int(gains.argmax()) + 1
-    quantized = quantize_weight(row, WeightSpec.parse("int2:tensor"))
+    quantized = quantize_weight(row, WeightSpec.parse("ternary:tensor"))
     assert float(quantized.scale) == pytest.approx(float(magnitudes[:kept].mean()), rel=1e-6)
     assert int(quantized.codes.abs().sum()) == kept
 

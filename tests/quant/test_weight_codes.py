@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,10 +15,16 @@ from qopt.errors import CorruptModelError, UsageError, VerificationError
 from qopt.quant import QuantizedWeight, codebook, quantize_weight
 from qopt.spec import WeightSpec
 
-FORMATS = [f"{kind}{bits}" for kind in ("int", "log") for bits in range(1, 9)]
+FORMATS = [*(f"{kind}{bits}" for kind in ("int", "log") for bits in range(1, 9)), "ternary"]
 OPTIONS = ["", ":max", ":tensor", ":tensor:max"]
 
-formats = st.builds(lambda a, b: WeightSpec.parse(a + b), st.sampled_from(FORMATS), st.sampled_from(OPTIONS))
+GRIDS = [f"int{bits}:{grid}" for bits in range(2, 9) for grid in ("narrow", "full")] + [
+    "int2:mid",
+    "int3:mid",
+    "int4:mid",
+]
+CASES = [a + b for a in FORMATS for b in OPTIONS] + [a + b for a in GRIDS for b in ("", ":tensor")]
+formats = st.sampled_from(CASES).map(WeightSpec.parse)
 shapes = st.sampled_from([(1,), (7,), (3, 5), (4, 3, 3, 3), (2, 40), (6, 1, 5)])
 
 
@@ -51,7 +59,18 @@ GOLDEN = [
     ("int3:tensor:max", [3.0, 0.5, 1.5, -2.5], [3, 0, 2, -2], [3.0, 0.0, 2.0, -2.0]),  # ties to even
     ("int2:tensor:max", [4.0, -2.5, 1.9, -4.0], [1, -1, 0, -1], [4.0, -4.0, 0.0, -4.0]),
     # ternary under the best scale: {3, 3.2, -2.8} to +-3, {0.1} to zero
-    ("int2:tensor", [3.0, 3.2, -2.8, 0.1], [1, 1, -1, 0], [3.0, 3.0, -3.0, 0.0]),
+    ("int2:tensor:narrow", [3.0, 3.2, -2.8, 0.1], [1, 1, -1, 0], [3.0, 3.0, -3.0, 0.0]),
+    ("ternary:tensor", [3.0, 3.2, -2.8, 0.1], [1, 1, -1, 0], [3.0, 3.0, -3.0, 0.0]),
+    ("ternary:tensor:max", [4.0, -2.5, 1.9, -4.0], [1, -1, 0, -1], [4.0, -4.0, 0.0, -4.0]),
+    # two's complement, its longer side to the left and, under a negative scale, to the right
+    ("int2:tensor:full", [-2.0, -1.0, 0.0, 1.0], [-2, -1, 0, 1], [-2.0, -1.0, 0.0, 1.0]),
+    ("int2:tensor:full", [2.0, -1.0, 0.0, 1.0], [-2, 1, 0, -1], [2.0, -1.0, 0.0, 1.0]),
+    ("int3:tensor", [4.0, -3.0, 0.0, 1.0], [-4, 3, 0, -1], [4.0, -3.0, 0.0, 1.0]),
+    ("int2:tensor:full", [1.0, -1.0, 0.0, 1.0], [1, -1, 0, 1], [1.0, -1.0, 0.0, 1.0]),  # no need of it: upright
+    # mid-rise: odd multiples of half a step, ties away from zero, and zero is positive
+    ("int2:tensor:mid", [3.0, 1.0, -1.0, -3.0], [3, 2, 1, 0], [3.0, 1.0, -1.0, -3.0]),
+    ("int2:tensor", [3.0, 1.0, -1.0, -3.0], [3, 2, 1, 0], [3.0, 1.0, -1.0, -3.0]),
+    ("int3:tensor:mid", [7.0, 5.0, 3.0, 1.0, -7.0], [7, 6, 5, 4, 0], [7.0, 5.0, 3.0, 1.0, -7.0]),
     ("int1:tensor", [0.5, -1.5, 1.0, 0.0], [1, -1, 1, 1], [0.75, -0.75, 0.75, 0.75]),
     ("int1:tensor:max", [0.5, -1.5, 1.0, 0.0], [1, -1, 1, 1], [0.75, -0.75, 0.75, 0.75]),
     ("log1:tensor", [0.5, -1.5, 1.0, 0.0], [1, -1, 1, 1], [0.75, -0.75, 0.75, 0.75]),
@@ -76,7 +95,7 @@ def test_golden(text: str, values: list[float], codes: list[int], levels: list[f
 
 TABLES = [
     ("log2", [0, 64, -64, 0]),
-    ("log3", [0, 64, 32, 16, -64, -32, -16] + [0] * 9),
+    ("log3", [0, 64, 32, 16, -64, -32, -16, 0]),
     ("log4", [0, 64, 32, 16, 8, 4, 2, 1, -64, -32, -16, -8, -4, -2, -1, 0]),
 ]
 
@@ -88,7 +107,7 @@ def test_small_tables_are_int8_powers_of_two(text: str, table: list[int]) -> Non
     assert found is not None
     assert found.dtype == torch.int8
     assert found.tolist() == table
-    assert len(table) == 2**spec.container_bits
+    assert len(table) == spec.packing.base
 
 
 @pytest.mark.parametrize("bits", [5, 6, 7, 8])
@@ -115,8 +134,11 @@ def test_codes_are_representable(weight: Tensor, spec: WeightSpec) -> None:
     assert quantized.codes.shape == weight.shape
     assert bool(torch.isfinite(quantized.scale).all())
     q = max(1, 2 ** (spec.bits - 1) - 1)
-    if quantized.table is None:
-        assert int(quantized.codes.abs().max()) <= q
+    if quantized.grid == "mid":
+        assert int(quantized.codes.max()) < 2**spec.bits
+    elif quantized.table is None:
+        assert -q - spec.full_range <= int(quantized.codes.min())
+        assert int(quantized.codes.max()) <= q
         assert spec.bits > 1 or bool((quantized.codes != 0).all())
     else:
         assert int(quantized.codes.max()) <= 2 * q
@@ -149,8 +171,10 @@ def test_idempotent_from_float64(text: str, option: str) -> None:
 @given(weights(), formats)
 @settings(deadline=None, max_examples=150)
 def test_mse_is_never_worse_than_max(weight: Tensor, spec: WeightSpec) -> None:
-    mse = quantize_weight(weight, WeightSpec(spec.kind, spec.bits, spec.granularity, "mse"))
-    largest = quantize_weight(weight, WeightSpec(spec.kind, spec.bits, spec.granularity, "max"))
+    mse = quantize_weight(weight, replace(spec, scale="mse"))
+    if "mid" in str(spec):  # its levels are others
+        return
+    largest = quantize_weight(weight, replace(spec, scale="max", grid="auto"))
     assert squared_error(weight, mse) <= squared_error(weight, largest) * (1 + 1e-12)
 
 
@@ -182,10 +206,13 @@ def test_log_max_is_within_half_an_octave(weight: Tensor, bits: int) -> None:
 @settings(deadline=None, max_examples=100)
 def test_sign_symmetry(weight: Tensor, spec: WeightSpec) -> None:
     weight = weight if spec.bits > 1 else torch.where(weight == 0, 0.5, weight)
+    weight = torch.where(weight == 0, 0.5, weight) if "mid" in str(spec) else weight
     positive = quantize_weight(weight, spec)
     negative = quantize_weight(-weight, spec)
-    assert torch.equal(positive.scale, negative.scale)
-    assert torch.equal(positive.dequantize(), -negative.dequantize())
+    assert torch.allclose(positive.scale.abs(), negative.scale.abs(), rtol=1e-4) or positive.grid != negative.grid
+    assert squared_error(weight, positive) == pytest.approx(squared_error(-weight, negative), rel=1e-3)
+    if not spec.full_range:
+        assert torch.equal(positive.dequantize(), -negative.dequantize())
 
 
 @given(weights(), formats, st.integers(-10, 10))
@@ -206,7 +233,8 @@ def test_each_channel_is_quantized_alone(text: str, axis: int) -> None:
     assert whole.axis == axis % 4
     assert whole.scale.shape == (weight.shape[axis],)
     for index, channel in enumerate(weight.movedim(axis, 0)):
-        alone = quantize_weight(channel, WeightSpec.parse(text + ":tensor"))
+        grid = "" if whole.grid == "auto" else f":{whole.grid}"  # which is chosen for the whole tensor
+        alone = quantize_weight(channel, WeightSpec.parse(f"{text}:tensor{grid}"))
         assert torch.allclose(alone.dequantize(), whole.dequantize().movedim(axis, 0)[index], rtol=1e-6)
 
 
@@ -260,7 +288,66 @@ def test_errors_name_the_layer(weight: Tensor, text: str, axis: int, error: type
         quantize_weight(weight, WeightSpec.parse(text), axis, where="conv1.weight")
 
 
-@pytest.mark.parametrize("text", ["float", "int1", "log1"])
+@given(weights(), st.integers(2, 8), st.sampled_from(["channel", "tensor"]))
+@settings(deadline=None, max_examples=150)
+def test_auto_is_never_worse_than_any_grid(weight: Tensor, bits: int, granularity: str) -> None:
+    """The best for the whole tensor; a dead channel keeps it from the mid-rise grid."""
+    auto = squared_error(weight, quantize_weight(weight, WeightSpec.parse(f"int{bits}:{granularity}")))
+    rows = weight.reshape(len(weight) if granularity == "channel" else 1, -1)
+    alive = float(rows.abs().amax(dim=1).min()) > 1e-4 * float(rows.abs().max())
+    for option in (":max", ":narrow", ":full", *([":mid"] if bits <= 4 and alive else [])):
+        single = squared_error(weight, quantize_weight(weight, WeightSpec.parse(f"int{bits}:{granularity}{option}")))
+        assert auto <= single * (1 + 1e-12)
+
+
+@pytest.mark.parametrize(("bits", "gain"), [(2, 0.70), (3, 0.85), (4, 0.94)])
+def test_the_grids_are_worth_their_while_on_a_gaussian(bits: int, gain: float) -> None:
+    weight = torch.randn(16, 576, generator=torch.Generator().manual_seed(3))
+    errors = {
+        grid: squared_error(weight, quantize_weight(weight, WeightSpec.parse(f"int{bits}:{grid}")))
+        for grid in ("narrow", "full", "mid", "auto")
+    }
+    assert errors["auto"] == min(errors.values())
+    assert errors["auto"] < gain * errors["narrow"]
+    assert errors["full"] < errors["narrow"]
+
+
+def test_each_channel_turns_its_own_longer_side() -> None:
+    weight = torch.tensor([[-4.0, 3.0, 1.0, 0.0], [4.0, -3.0, 1.0, 0.0], [3.0, -3.0, 1.0, 0.0]])
+    quantized = quantize_weight(weight, WeightSpec.parse("int3"))
+    assert quantized.grid == "full"
+    assert quantized.scale.sign().tolist() == [1.0, -1.0, 1.0]
+    assert quantized.codes.amin(dim=1).tolist() == [-4, -4, -3]
+    assert torch.equal(quantized.dequantize(), weight)
+
+
+def test_the_sign_of_the_longer_side_matters() -> None:
+    """A planted mistake: the longer side left where two's complement has it."""
+    weight = torch.tensor([4.0, 4.0, -3.0, 2.0, 1.0, -1.0, 0.0])
+    quantized = quantize_weight(weight, WeightSpec.parse("int3:tensor:full"))
+    assert squared_error(weight, quantized) == 0
+    scales = torch.linspace(0.5, 1.5, 201)
+    ahead = [float((weight - (weight / s).round().clamp(-4, 3) * s).square().sum()) for s in scales]
+    assert min(ahead) > 0.3
+
+
+@pytest.mark.parametrize(("text", "grid"), [("int4", "full"), ("int4:mid", "mid"), ("int1", "auto")])
+def test_a_dead_channel_has_a_scale_of_zero_only_where_no_code_is_zero(text: str, grid: str) -> None:
+    weight = torch.randn(3, 40, generator=torch.Generator().manual_seed(4))
+    weight[1] = 0
+    quantized = quantize_weight(weight, WeightSpec.parse(text))
+    assert quantized.grid == grid
+    assert bool(quantized.scale[1] == 0) == (grid != "full")
+    assert not quantized.dequantize()[1].any()
+
+
+@pytest.mark.parametrize("bits", [5, 8])
+def test_wide_mid_rise_grids_do_not_exist(bits: int) -> None:
+    with pytest.raises(UsageError, match="mid-rise"):
+        codebook(WeightSpec("int", bits), "mid")
+
+
+@pytest.mark.parametrize("text", ["float", "int1", "log1", "nf@4"])
 def test_formats_without_a_codebook(text: str) -> None:
     with pytest.raises(UsageError, match="codebook"):
         codebook(WeightSpec.parse(text))
@@ -275,7 +362,8 @@ def test_formats_without_a_codebook(text: str) -> None:
         (torch.zeros(2, 3, dtype=torch.int8), torch.ones(2), 2, None, "int4"),
         (torch.zeros(2, 3, dtype=torch.int32), torch.ones(2), 0, None, "int4"),
         (torch.zeros(2, 3, dtype=torch.int8), torch.ones(2), 0, torch.zeros(16), "log4"),
-        (torch.zeros(2, 3, dtype=torch.uint8), torch.ones(2), 0, torch.zeros(15), "log4"),
+        (torch.zeros(2, 3, dtype=torch.uint8), torch.ones(2), 0, torch.zeros(15, dtype=torch.int8), "log4"),
+        (torch.zeros(2, 3, dtype=torch.uint8), torch.ones(2), 0, torch.zeros(16), "log4"),
     ],
 )
 def test_inconsistent_parts_are_refused(
@@ -305,5 +393,7 @@ def test_levels_are_what_codes_select(text: str) -> None:
     assert (levels.diff() > 0).all()
     table = codes.to(torch.float64) if quantized.table is None else quantized.table.double()[codes.long()]
     assert torch.equal(table, levels)
+    few = {"int1": 2, "log1": 2, "ternary": 3}
+    assert len(levels) == (few[text] if text in few else 2 ** int(text[-1]) - text.startswith("log"))
     used = (quantized.dequantize().double() / quantized.scale.double()).flatten()
     assert (used[:, None] - levels).abs().min(dim=1).values.max() < 1e-4

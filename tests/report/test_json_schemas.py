@@ -113,11 +113,11 @@ WRONG_PLANS = [
     ('{"wieghts": {}}', ": unknown wieghts"),
     ('{"weights": {"a": "int9"}}', ".weights.a: not like"),
     ('{"weights": {"a": "int4:max:max"}}', ".weights.a: not like"),
-    ('{"defaults": {"activations": "int1"}}', ".defaults.activations: not like"),
+    ('{"defaults": {"activations": "int0"}}', ".defaults.activations: not like"),
     ('{"ranges": {"a": [1]}}', ".ranges.a: 1 items"),
     ('{"ranges": {"a": [1, "2"]}}', ".ranges.a.1: no number"),
     ('{"ties": ["a"]}', ".ties.0: no array"),
-    ('{"rounding": "up"}', ".rounding: not nearest"),
+    ('{"rounding": "up"}', ".rounding: not one of ['nearest', 'gptq']"),
     ('{"bias_correction": 1}', ".bias_correction: no boolean"),
 ]
 

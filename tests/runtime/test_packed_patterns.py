@@ -15,12 +15,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
+from qopt.errors import VerificationError
 from qopt.quant import QuantizedWeight, quantize_weight
 from qopt.runtime.patterns import Subgraph, float_weight, has_integer_levels, integer_weight
 from qopt.size import Stored, table_bytes
 from qopt.spec import WeightSpec
 
 FORMATS = [f"{kind}{bits}{option}" for kind in ("int", "log") for bits in range(1, 9) for option in ("", ":tensor")]
+FORMATS += ["ternary", "ternary:tensor", "int8:full", "int4:narrow"]
+FORMATS += [f"int{bits}:{grid}" for bits in (2, 3, 4) for grid in ("full", "mid")]
 SHAPES = [
     ((6, 4, 3, 3), 0),
     ((4, 1, 3, 3), 0),
@@ -31,6 +34,8 @@ SHAPES = [
     ((1, 1), 0),
 ]
 FORMS = ["float", "integer", "zero points"]
+DIGITS = ["Div", "Mod", "Gather", "Reshape"]
+JOIN = ["Cast", "Mul", "ReduceSum"]
 
 
 def coded(spec: str, shape: tuple[int, ...], axis: int, seed: int = 0) -> QuantizedWeight:
@@ -103,12 +108,13 @@ def test_bytes(spec: str, form: str) -> None:
             continue
         subgraph, _ = packed(weight, form)
         sizes = {name: held(value) for name, value in {**subgraph.initializers, **subgraph.tables}.items()}
-        shapes = {f"layer/{label}" for label in ("shape", "size", "channels")} | {"qopt/flat", "qopt/start"}
-        stored = Stored(int(np.prod(shape)), shape[axis], weight.spec)
+        shapes = {f"layer/{label}" for label in ("shape", "size", "channels")}
+        shapes |= {"qopt/flat", "qopt/start", "qopt/last_axis"}
+        stored = Stored(int(np.prod(shape)), shape[axis], weight.spec, weight.grid)
         assert sizes["layer/codes"] == stored.code_bytes
         assert sizes["layer/scale"] == stored.bytes - stored.code_bytes
-        tables = {name: size for name, size in sizes.items() if name.endswith("_levels")}
-        assert sum(tables.values()) == table_bytes(weight.spec)
+        tables = {name: sizes[name] for name in subgraph.tables if name not in shapes}
+        assert sum(tables.values()) == table_bytes(weight.spec, weight.grid) <= table_bytes(weight.spec)
         assert set(tables) <= set(subgraph.tables)
         assert set(sizes) - set(tables) - {"layer/codes", "layer/scale"} <= shapes
 
@@ -125,17 +131,20 @@ def held(value: ir.Value) -> int:
         ("int8", "zero points", ["ConstantOfShape", "DequantizeLinear"]),
         ("int8", "float", ["Cast", "Mul"]),
         ("int4", "integer", ["Cast", "DequantizeLinear"]),
-        ("int3", "float", ["Cast", "Mul"]),
+        ("int4:mid", "float", ["Cast", "Gather", "Cast", "Mul"]),
+        ("int3", "integer", [*JOIN, *DIGITS, "DequantizeLinear"]),
         ("log4", "integer", ["Cast", "Gather", "DequantizeLinear"]),
-        ("log3", "float", ["Cast", "Gather", "Cast", "Mul"]),
+        ("log3", "float", [*JOIN, *DIGITS, "Cast", "Mul"]),
         ("log6", "float", ["Cast", "Gather", "Mul"]),
-        ("int2", "integer", ["Cast", "Gather", "Reshape", "DequantizeLinear"]),
-        ("log2", "float", ["Cast", "Gather", "Reshape", "Cast", "Mul"]),
+        ("int1", "integer", ["Cast", *DIGITS, "DequantizeLinear"]),
+        ("ternary", "integer", ["Cast", *DIGITS, "DequantizeLinear"]),
+        ("int2", "integer", ["Cast", *DIGITS, "DequantizeLinear"]),
+        ("log2", "float", ["Cast", *DIGITS, "Cast", "Mul"]),
     ],
 )
 def test_nodes(spec: str, form: str, ops: list[str]) -> None:
     """Golden: what the module's table says, for sizes that fill their bytes."""
-    subgraph, value = packed(coded(spec, (4, 8), 0), form)
+    subgraph, value = packed(coded(spec, (5, 8), 0), form)
     assert [node.op_type for node in subgraph.nodes] == ops
     assert value is subgraph.nodes[-1].outputs[0]
     assert value.name == "layer/dequantized"
@@ -145,11 +154,13 @@ def test_nodes(spec: str, form: str, ops: list[str]) -> None:
 
 
 def test_a_last_byte_that_is_not_full_is_cut() -> None:
-    subgraph, _ = packed(coded("int2", (3, 3), 0), "integer")
-    assert [n.op_type for n in subgraph.nodes] == ["Cast", "Gather", "Reshape", "Slice", "Reshape", "DequantizeLinear"]
-    codes = subgraph.initializers["layer/codes"].const_value
-    assert codes is not None
-    assert codes.numpy().shape == (3,)
+    for spec, shape in (("int1", (2, 1)), ("ternary", (2, 1)), ("int2", (3, 1)), ("int3", (2, 3))):
+        subgraph, _ = packed(coded(spec, (3, 3), 0), "integer")
+        operators = [n.op_type for n in subgraph.nodes]
+        assert operators[-5:] == ["Gather", "Reshape", "Slice", "Reshape", "DequantizeLinear"]
+        codes = subgraph.initializers["layer/codes"].const_value
+        assert codes is not None
+        assert codes.numpy().shape == shape
 
 
 def test_codes_are_stored_in_their_container() -> None:
@@ -157,7 +168,9 @@ def test_codes_are_stored_in_their_container() -> None:
         "int8": "INT8",
         "int5": "INT8",
         "int4": "INT4",
-        "int3": "INT4",
+        "int3": "UINT8",
+        "int4:mid": "UINT4",
+        "ternary": "UINT8",
         "log4": "UINT4",
         "log5": "UINT8",
         "int1": "UINT8",
@@ -168,14 +181,34 @@ def test_codes_are_stored_in_their_container() -> None:
 
 
 def test_tables_by_hand() -> None:
-    """Byte 0b11_01_00_10: linear codes -2, 0, 1, -1 from the lowest bits up; log indices 2, 0, 1, 3."""
-    linear, _ = packed(coded("int2", (4, 4), 0), "integer")
-    log, _ = packed(coded("log2", (4, 4), 0), "integer")
-    for subgraph, name, row in ((linear, "int2", [-2, 0, 1, -1]), (log, "log2", [-64, 0, 64, 0])):
-        table = subgraph.tables[f"qopt/{name}_levels"].const_value
+    """Two's complement digits; signs; the log table; the odd numbers."""
+    levels = {
+        "int1": ("binary", [1, -1]), "ternary": ("ternary", [0, 1, -1]), "int2:full": ("int2:full", [0, 1, -2, -1]),
+        "log2": ("log2", [0, 64, -64, 0]), "int3:narrow": ("int3", [0, 1, 2, 3, -4, -3, -2, -1]),
+        "int2:mid": ("mid2", [-3, -1, 1, 3]),
+    }  # fmt: skip
+    for spec, (name, expected) in levels.items():
+        subgraph, _ = packed(coded(spec, (4, 4), 0), "integer")
+        table = subgraph.tables[f"qopt/{name.split(':')[0]}_levels"].const_value
         assert table is not None
         assert table.numpy().dtype == np.int8
-        assert table.numpy()[0b11_01_00_10].tolist() == row
+        assert table.numpy().tolist() == expected
+
+
+def test_a_code_that_the_format_does_not_have_is_refused() -> None:
+    """A planted mistake: -4 in a ternary weight would come out as -1."""
+    weight = coded("ternary", (4, 5), 0)
+    weight.codes[1, 2] = -4
+    with pytest.raises(VerificationError, match="layer: codes that are no levels"):
+        packed(weight, "integer")
+
+
+def test_low_bits_cost_their_bits() -> None:
+    """Codes and constants of a matrix of 64 x 64, in bytes."""
+    for spec, bits in (("int1", 1), ("ternary", 1.6), ("int2", 2), ("int3", 3), ("int4", 4)):
+        subgraph, _ = packed(coded(spec, (64, 64), 0), "integer")
+        everything = sum(held(v) for v in {**subgraph.initializers, **subgraph.tables}.values())
+        assert everything <= bits * 4096 / 8 + 64 * 4 + 100
 
 
 def test_integer_levels() -> None:

@@ -313,7 +313,7 @@ def test_wrong_ties(make_space: MakeSpace, ties: list[tuple[str, ...]], kind: ty
         GreedySearch()(make_space(layers, ties=ties))
 
 
-@pytest.mark.parametrize("limit", [Limit("bits", 1.9), Limit("bits", 0.0), Limit("size", 0.0), Limit("size", 1500.0)])
+@pytest.mark.parametrize("limit", [Limit("bits", 1.9), Limit("bits", 0.0), Limit("size", 0.0), Limit("size", 1020.0)])
 def test_no_plan_is_an_error(make_space: MakeSpace, limit: Limit) -> None:
     space = make_space([("a", 4000, 1, {"int2": 1.0, "int4": 0.0})], [limit])
     assert not feasible(space)
@@ -323,7 +323,7 @@ def test_no_plan_is_an_error(make_space: MakeSpace, limit: Limit) -> None:
 
 def test_limits_in_bytes_set_tables_aside(make_space: MakeSpace) -> None:
     layers = [("a", 4000, 1, {"int2": 1.0, "int4": 0.0})]
-    exact = stored_bytes([Stored(4000, 1, WeightSpec.parse("int2"))])
+    exact = stored_bytes([Stored(4000, 1, WeightSpec.parse("int2")), Stored(0, 0, WeightSpec.parse("int4"))])
     assert str(GreedySearch()(make_space(layers, [Limit("size", exact)])).specs["a"]) == "int2"
     with pytest.raises(InfeasibleError):
         GreedySearch()(make_space(layers, [Limit("size", exact - 1)]))

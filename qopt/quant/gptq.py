@@ -1,0 +1,226 @@
+"""Rounding that sees the layer's inputs: GPTQ (Frantar et al. 2023, algorithm 1) on any set of levels.
+
+The error of codes is ``E ||(W - Wq) u||^2 = tr(dW H dW^T)``, H the second moment of the layer's inputs u (half the
+paper's Hessian), or their covariance where a bias absorbs the mean. Columns are rounded one after the other, and those
+not yet rounded make up for the error as well as they can: with ``H^-1 = U^T U`` (U upper triangular) an error e in
+column j moves the later ones by ``-e U[j, j+1:] / U[j, j]``. Everything is float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from qopt.errors import UsageError
+from qopt.quant.quantized import QuantizedWeight
+
+Order = Literal["activation", "stored"]
+
+BLOCK = 128
+"""Columns that are finished before the rest of the matrix hears of their errors (the paper's lazy batches)."""
+
+ELEMENTS = 1 << 22
+"""Weights rounded at a time: bounds the working memory to a few times 32 MB."""
+
+MULTIPLES = (0.7, 0.8, 0.9, 0.95, 1.05, 1.1, 1.2)
+"""Scales that are tried beside the given one, as parts of it."""
+
+REFINEMENTS = 2
+"""How often the best scale for the codes, in closed form, is tried as the next scale."""
+
+
+def gptq(
+    weight: Tensor,
+    like: QuantizedWeight,
+    moment: Tensor,
+    *,
+    damping: float = 0.01,
+    order: Order = "activation",
+    scale_search: bool = True,
+) -> QuantizedWeight:
+    """Codes of ``weight`` in the format of ``like`` that keep what the layer computes.
+
+    Every output channel comes out no worse in ``dW H dW^T`` than in ``like``, whose codes stay where nothing is better
+    (with one scale per tensor: the sum over channels comes out no worse). Weights that the levels represent exactly
+    come out so, and channels of zeros stay as they are.
+
+    Args:
+        weight: the target, float, shape of ``like.codes``; row by row what meets one vector of inputs.
+        like: the same weight rounded in any way: format, levels and the scale to start from.
+        moment: H, (groups, columns, columns), symmetric positive semidefinite; groups split the output channels.
+        damping: added to the diagonal of H, in parts of its mean; raised tenfold until the matrix can be inverted.
+        order: ``activation`` rounds the columns of largest diagonal first, ``stored`` in the order of the weight.
+        scale_search: also try `MULTIPLES` of the scale, and the best scale for the codes found; the lowest
+            ``dW H dW^T`` decides. Without it the scale of ``like`` stays.
+
+    Raises:
+        UsageError: for shapes that do not fit together, a damping that is not positive, or a moment that is not finite.
+    """
+    _check(weight, like, moment, damping)
+    problem = _Problem.of(weight, like, moment, damping, order)
+    best = problem.given(like)
+    best = problem.better(best, problem.rounded(best.scale))
+    if scale_search:
+        given = best.scale
+        for multiple in MULTIPLES:
+            best = problem.better(best, problem.rounded(given * multiple))
+        for _ in range(REFINEMENTS):
+            best = problem.better(best, problem.rescaled(best))
+            best = problem.better(best, problem.rounded(best.scale))
+    return problem.assemble(best, like)
+
+
+def _check(weight: Tensor, like: QuantizedWeight, moment: Tensor, damping: float) -> None:
+    groups, channels = moment.shape[0] if moment.ndim == 3 else 0, like.codes.shape[like.axis]
+    columns = like.codes.numel() // channels
+    if weight.shape != like.codes.shape:
+        raise UsageError(
+            "codes of another weight", expected=str(tuple(weight.shape)), got=str(tuple(like.codes.shape))
+        )  # fmt: skip
+    if not groups or channels % groups or tuple(moment.shape[1:]) != (columns, columns):
+        raise UsageError(
+            "a moment that does not fit the weight", expected=f"(groups, {columns}, {columns}) for {channels} channels",
+            got=str(tuple(moment.shape)),
+        )  # fmt: skip
+    if not bool(torch.isfinite(moment).all()):
+        raise UsageError("an input moment that is not finite", fix="check the model and its data")
+    if not damping > 0:
+        raise UsageError("the damping must be positive", got=str(damping))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Codes:
+    index: Tensor  # int16 (groups, rows, columns), into the levels
+    scale: Tensor  # float64 (groups, rows), float32 numbers
+    error: Tensor  # float64 (groups, rows), dW H dW^T of what the file computes
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    target: Tensor  # float64 (groups, rows, columns)
+    hessian: Tensor  # float64 (groups, columns, columns)
+    order: Tensor  # (groups, columns), the column rounded at each step
+    factor: Tensor  # float64 (groups, columns, columns): U of the damped matrix in that order
+    levels: Tensor  # float64 (n,)
+    codes: Tensor  # (n,)
+    shared: bool  # one scale for all rows
+
+    @staticmethod
+    def of(weight: Tensor, like: QuantizedWeight, moment: Tensor, damping: float, order: Order) -> _Problem:
+        hessian = moment.to(torch.float64)
+        target = as_rows(weight.to(torch.float64), like.axis, len(hessian))
+        steps, factor = _inverse_factor(hessian, damping, order)
+        return _Problem(target, hessian, steps, factor, *like.levels(), like.spec.granularity == "tensor")
+
+    def given(self, like: QuantizedWeight) -> _Codes:
+        """What ``like`` holds."""
+        position = torch.zeros(256, dtype=torch.int16)
+        position[self.codes.long()] = torch.arange(len(self.codes), dtype=torch.int16)
+        index = position[as_rows(like.codes, like.axis, len(self.hessian)).long()]
+        scale = like.scale.to(torch.float64).expand(index.shape[0] * index.shape[1]).reshape(index.shape[:2])
+        return self._judged(index, scale)
+
+    def rounded(self, scale: Tensor) -> _Codes:
+        """Codes by compensated rounding under scales (groups, rows)."""
+        scale = _storable(scale)
+        rows = max(1, ELEMENTS // (self.target.shape[0] * self.target.shape[2]))
+        parts = zip(torch.split(self.target, rows, 1), torch.split(scale, rows, 1), strict=True)
+        return self._judged(torch.cat([self._compensated(*part) for part in parts], 1), scale)
+
+    def rescaled(self, codes: _Codes) -> _Codes:
+        """The same codes under their best scale, ``u H w / u H u`` for multiples u; unused where it would be zero."""
+        multiples = self.levels[codes.index.long()]
+        seen = multiples @ self.hessian
+        gain, norm = (seen * self.target).sum(2), (seen * multiples).sum(2)
+        if self.shared:
+            gain, norm = gain.sum().expand_as(gain), norm.sum().expand_as(norm)
+        usable = (norm > 0) & (gain * codes.scale > 0)
+        return self._judged(codes.index, _storable(torch.where(usable, gain / norm, codes.scale)))
+
+    def better(self, one: _Codes, other: _Codes) -> _Codes:
+        """Row by row the one of lower error, ``one`` where they are equal; one for all where the scale is shared."""
+        wins = other.error < one.error
+        if self.shared and not torch.equal(one.scale, other.scale):
+            wins = (other.error.sum() < one.error.sum()).expand_as(wins)
+        return _Codes(
+            torch.where(wins[:, :, None], other.index, one.index),
+            torch.where(wins, other.scale, one.scale),
+            torch.where(wins, other.error, one.error),
+        )
+
+    def assemble(self, found: _Codes, like: QuantizedWeight) -> QuantizedWeight:
+        """The codes in the orientation of ``like``."""
+        scale = found.scale.to(torch.float32).reshape(-1)
+        codes = as_stored(self.codes[found.index.long()], like.codes.shape, like.axis)
+        return replace(like, codes=codes, scale=scale[0] if self.shared else scale)
+
+    def _judged(self, index: Tensor, scale: Tensor) -> _Codes:
+        values = self.levels[index.long()].to(torch.float32) * scale.to(torch.float32)[:, :, None]
+        difference = self.target - values
+        error = ((difference @ self.hessian) * difference).sum(2)
+        return _Codes(index, scale, error)
+
+    def _compensated(self, target: Tensor, scale: Tensor) -> Tensor:
+        """The indices of the levels that the algorithm takes, int16, for some rows."""
+        work = target.gather(2, self.order[:, None].expand_as(target)).mT.contiguous()
+        index = torch.empty(work.shape, dtype=torch.int16)
+        unit = torch.where(scale == 0, 1.0, scale)
+        middles = (self.levels[1:] + self.levels[:-1]) / 2
+        for start in range(0, work.shape[1], BLOCK):
+            block = work[:, start : start + BLOCK]
+            factor = self.factor[:, start : start + BLOCK, start:]
+            errors = torch.empty_like(block)
+            for j in range(block.shape[1]):
+                nearest = torch.bucketize(block[:, j] / unit, middles)
+                errors[:, j] = (block[:, j] - self.levels[nearest] * scale) / factor[:, j, j, None]
+                block[:, j + 1 :] -= factor[:, j, j + 1 : block.shape[1], None] * errors[:, None, j]
+                index[:, start + j] = nearest
+            work[:, start + BLOCK :].baddbmm_(factor[:, :, BLOCK:].mT, errors, alpha=-1)
+        stored = torch.empty_like(index).scatter_(1, self.order[:, :, None].expand_as(index), index)
+        return stored.mT
+
+
+def as_rows(tensor: Tensor, axis: int, groups: int) -> Tensor:
+    """A weight (of any type) as (groups, channels per group, columns); ``axis`` counts its channels."""
+    moved = tensor.movedim(axis, 0)
+    return moved.reshape(groups, moved.shape[0] // groups, -1)
+
+
+def as_stored(rows: Tensor, shape: torch.Size, axis: int) -> Tensor:
+    """What `as_rows` was made from, of shape ``shape``."""
+    moved = (shape[axis], *shape[:axis], *shape[axis + 1 :])
+    return rows.reshape(moved).movedim(0, axis).contiguous()
+
+
+def _storable(scale: Tensor) -> Tensor:
+    return scale.to(torch.float32).to(torch.float64)
+
+
+def _inverse_factor(hessian: Tensor, damping: float, order: Order) -> tuple[Tensor, Tensor]:
+    """The order of the columns, and U with ``U^T U`` the inverse of the damped matrix in that order.
+
+    Of the matrix turned end to end, ``L L^T``, it is ``L^-1`` turned back: one factorisation instead of two.
+    """
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    dead = diagonal <= 0  # inputs that are always zero are rounded to nearest: nothing says what else to do
+    mean = torch.where(dead, 0.0, diagonal).sum(1, keepdim=True) / (~dead).sum(1, keepdim=True).clamp_min(1)
+    steps = torch.arange(hessian.shape[1]).expand(len(hessian), -1)
+    if order == "activation":
+        steps = diagonal.argsort(dim=1, descending=True, stable=True)
+    turned = steps.flip(1)
+    matrix = torch.stack([block[chosen[:, None], chosen] for block, chosen in zip(hessian, turned, strict=True)])
+    plain, dead = matrix.diagonal(dim1=1, dim2=2).clone(), dead.gather(1, turned)
+    while True:
+        matrix.diagonal(dim1=1, dim2=2).copy_(torch.where(dead, mean.clamp_min(1.0), plain + damping * mean))
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+        if not bool(failed.any()):
+            break
+        damping *= 10
+    unit = matrix.zero_()
+    unit.diagonal(dim1=1, dim2=2).fill_(1.0)
+    return steps, torch.linalg.solve_triangular(lower, unit, upper=False).flip(1, 2)
