@@ -476,8 +476,12 @@ def test_twin_and_file_of_public_networks_agree(name: str, activations: Activati
     """Most logits to the last bits; a code that falls to the other side of a tie moves the others."""
     if not os.environ.get("QOPT_ASSETS"):
         pytest.skip("QOPT_ASSETS is not set")
-    prepared = prepare(ir.load(Path(os.environ["QOPT_ASSETS"]) / "onnx" / f"{name}.onnx"))
-    sample = torch.rand(100, *prepared.input_shape, generator=torch.Generator().manual_seed(4))
+    assets = Path(os.environ["QOPT_ASSETS"])
+    prepared = prepare(ir.load(assets / "onnx" / f"{name}.onnx"))
+    part = next((part for part in ("mnist", "fashion") if part in name), "cifar10")
+    with np.load(assets / "data" / f"{part}_small.npz") as file:
+        images = file["x_test"][:100].astype(np.float32) / 255
+    sample = torch.from_numpy(images).reshape(-1, *prepared.input_shape)
     applied = Quantizer(prepared, sample).apply(uniform(INT4, activations, bias_correction=True))
     found = file_logits(prepared, applied.quantized, sample)
     expected = logits(applied.graph, sample).numpy()
