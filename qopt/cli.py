@@ -105,7 +105,9 @@ def optimize(
     factory: Annotated[str | None, typer.Option("--model", help="package.module:factory of a state dict.")] = None,
     input_shape: Annotated[str, typer.Option(help="Shape of one image, such as 3,32,32. [from --data]")] = "",
     trust: Annotated[bool, typer.Option("--trust", help="Load formats that can run code.")] = False,
-    calibration: Annotated[str, typer.Option(help="Calibrate on images: clean, adversarial or mixed.")] = "clean",
+    calibration: Annotated[
+        str, typer.Option(help="Calibrate on clean, adversarial or mixed images. [mixed if robust]")
+    ] = "auto",
     calibration_images: Annotated[int, typer.Option(help="Images that ranges are observed on, at most.")] = 512,
     probe_images: Annotated[int, typer.Option(help="Images that plans are compared on, at most.")] = 256,
     attack_images: Annotated[int, typer.Option(help="Report images that are attacked, at most.")] = 1000,

@@ -15,7 +15,7 @@ ThresholdForm = Literal["auto", "paper", "relative", "weighted", "none"]
 BiasCorrection = Literal["auto", "on", "off"]
 Rounding = Literal["auto", "nearest", "gptq"]
 Effort = Literal["fast", "normal", "max"]
-Calibration = Literal["clean", "adversarial", "mixed"]
+Calibration = Literal["auto", "clean", "adversarial", "mixed"]
 
 _WORDS: dict[str, tuple[str, ...]] = {
     "norm": get_args(Norm),
@@ -58,7 +58,8 @@ class Options:
             around the origin, and a uniform plan beside the searched one.
         mean: per-channel mean, where normalisation lies outside the network; ``std`` likewise.
         calibration: what the network is calibrated on: ``clean`` images, ``adversarial`` ones that PGD makes of them on
-            the float network within the threat model, or ``mixed``, which takes every second image adversarial.
+            the float network within the threat model, or ``mixed``, which takes every second image adversarial;
+            ``auto`` is mixed with ``robust``, else clean.
         calibration_images: images that ranges and moments are observed on, at most.
         probe_images: images on which sensitivities and plans are compared, at most.
         attack_images: report images that are attacked, at most; clean accuracy is always on all.
@@ -81,7 +82,7 @@ class Options:
     effort: Effort = "normal"
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
-    calibration: Calibration = "clean"
+    calibration: Calibration = "auto"
     calibration_images: int = 512
     probe_images: int = 256
     attack_images: int = 1000
@@ -110,6 +111,13 @@ class Options:
                 ActivationSpec.parse(self.activations)
         except PlanError as error:
             raise error.at(where) from error
+
+    @property
+    def calibrated_on(self) -> Calibration:
+        """``calibration`` with ``auto`` resolved."""
+        if self.calibration != "auto":
+            return self.calibration
+        return "mixed" if self.robust else "clean"
 
     @property
     def active_gates(self) -> tuple[Gate, ...]:

@@ -125,7 +125,7 @@ def test_a_failed_gate_ends_with_1_and_is_emitted(place: Path) -> None:
         (["model.onnx", "--eps", "wide", "--robust"], 2, "eps is not a number"),
         (["model.onnx", "--search", "gready"], 2, "did you mean 'greedy'"),
         (["model.onnx", "--calibration", "mixed"], 2, "--calibration: adversarial images are made of images"),
-        (["model.onnx", "--calibration", "dirty"], 2, "expected clean, adversarial, mixed"),
+        (["model.onnx", "--calibration", "dirty"], 2, "expected auto, clean, adversarial, mixed"),
         (["model.onnx", "--mean", "a,b"], 2, "--mean: not a list of numbers"),
         (["model.onnx", "--input-shape", "1,x"], 2, "--input-shape: not a list of numbers"),
         (["model.onnx", "--data", "no_such_module:make"], 2, "no_such_module"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 from qopt.config import Options
@@ -21,7 +21,10 @@ from qopt.report.model import EvaluatedPlan, SearchFacts
 from qopt.search.space import Outcome, Space, Strategy
 from qopt.search.thresholds import Filtered, Thresholds, apply_thresholds
 from qopt.search.uniform import UniformSearch
-from qopt.spec import FLOAT_ACTIVATION
+from qopt.spec import FLOAT_ACTIVATION, WeightSpec
+
+TIGHTENED = (0.85, 0.7)
+"""Shares of the limits under which the search runs again, for plans to measure beside the first."""
 
 
 @final
@@ -55,7 +58,7 @@ def choose(run: Run) -> Choice:
     filtered = _filter(run, space) if strategy.uses_sensitivity else Filtered(space, 1.0, ())
     run.progress(f"search: {strategy.name}")
     outcome = strategy(filtered.space)
-    applied, evaluated = select(run, _plans(run, strategy, filtered, outcome))
+    applied, evaluated = select(run, _plans(run, strategy, space, filtered, outcome))
     return Choice(applied, space, _facts(run, strategy, filtered, outcome, evaluated), _norms(run, applied))
 
 
@@ -100,19 +103,40 @@ def _filter(run: Run, space: Space) -> Filtered:
     return filtered
 
 
-def _plans(run: Run, strategy: Strategy, filtered: Filtered, outcome: Outcome) -> list[tuple[str, Plan]]:
-    """The plans that are measured: the searched one, and at maximal effort the uniform one beside it."""
+def _plans(run: Run, strategy: Strategy, space: Space, filtered: Filtered, outcome: Outcome) -> list[tuple[str, Plan]]:
+    """The plans that are measured, the searched one first.
+
+    Additive sensitivities mislead where bits are few, and a plan well below the limit can be the better one: unless the
+    effort is ``fast``, the search also runs under tightened limits; at ``max`` the uniform plan joins.
+    """
     activations = run.target.activations if run.data is not None else FLOAT_ACTIVATION
     data = "" if run.data is None else run.data.digest
     base = uniform(activations=activations, model=run.prepared.digest, data=data)
-    outcomes = [(strategy.name, outcome)]
-    if run.options.effort == "max" and strategy.name == "greedy":
+    found = {strategy.name: outcome}
+    if run.data is not None and strategy.name == "greedy" and run.options.effort != "fast":
+        found |= _tightened(run, strategy, space)
+        if run.options.effort == "max":
+            with suppress(InfeasibleError):
+                found["uniform"] = UniformSearch()(filtered.space)
+    plans: dict[tuple[WeightSpec, ...], tuple[str, Plan]] = {}
+    for name, one in found.items():
+        weights = {layer: str(spec) for layer, spec in one.specs.items()}
+        plans.setdefault(
+            tuple(one.specs.values()), (name, base.with_changes(weights=weights, reasons=one.reasons))
+        )  # fmt: skip
+    return list(plans.values())
+
+
+def _tightened(run: Run, strategy: Strategy, space: Space) -> dict[str, Outcome]:
+    """The search under tightened limits, the thresholds applied anew: they may have to be relaxed for them."""
+    thresholds = resolve_thresholds(run.options, run.data is not None)
+    found = {}
+    for share in TIGHTENED:
+        limits = tuple(replace(limit, bound=limit.bound * share) for limit in space.limits)
         with suppress(InfeasibleError):
-            outcomes.append(("uniform", UniformSearch()(filtered.space)))
-    return [
-        (name, base.with_changes(weights={n: str(s) for n, s in found.specs.items()}, reasons=found.reasons))
-        for name, found in outcomes
-    ]
+            tight = apply_thresholds(replace(space, limits=limits), thresholds)
+            found[f"{strategy.name} at {share:.0%} of the limits"] = strategy(tight.space)
+    return found
 
 
 def _facts(

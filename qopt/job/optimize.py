@@ -136,8 +136,8 @@ def start(task: Task, cache: Cache, progress: Progress) -> Run:
     run = Run(
         task.name, prepared, quantizer, shaped, options, target, _threat(options, prepared), cache, progress, task.plan
     )
-    if shaped is not None and options.calibration != "clean":
-        progress(f"{options.calibration} images to calibrate on")
+    if shaped is not None and options.calibrated_on != "clean":
+        progress(f"{options.calibrated_on} images to calibrate on")
         images = normalisation(_attacked_calibration(run, shaped.calibrate.first(options.calibration_images)))
         run = replace(run, quantizer=Quantizer(prepared, whole_batches(images, prepared.batch)))
     if data is None and options.robust:
@@ -147,7 +147,7 @@ def start(task: Task, cache: Cache, progress: Progress) -> Run:
 
 def _attacked_calibration(run: Run, clean: Split) -> Tensor:
     """The calibration images with all, or for ``mixed`` every second one, replaced by adversarial ones; in [0, 1]."""
-    chosen = slice(None) if run.options.calibration == "adversarial" else slice(1, None, 2)
+    chosen = slice(None) if run.options.calibrated_on == "adversarial" else slice(1, None, 2)
     images = torch.from_numpy(clean.images.copy())
     few = Split(clean.images[chosen], clean.labels[chosen])
     if len(few):
@@ -169,8 +169,9 @@ def _check_needs_no_data(options: Options) -> None:
     needs = {
         "--gate": ("gates are measured on images", bool(options.gates)),
         "--thresholds": ("weighted thresholds weigh by the inputs of layers", options.thresholds == "weighted"),
-        "--calibration": ("adversarial images are made of images", options.calibration != "clean"),
+        "--calibration": ("adversarial images are made of images", options.calibration not in ("auto", "clean")),
         "--bias-correction": ("bias correction needs images", options.bias_correction == "on"),
+        "--rounding": ("GPTQ needs images", options.rounding == "gptq"),
     }
     for option, (what, asked) in needs.items():
         if asked:

@@ -104,9 +104,9 @@ def _data_facts(run: Run) -> DataFacts | None:
 
 
 def _calibration_note(run: Run) -> list[str]:
-    if run.options.calibration == "clean":
+    if run.options.calibrated_on == "clean":
         return []
-    share = "all" if run.options.calibration == "adversarial" else "every second one"
+    share = "all" if run.options.calibrated_on == "adversarial" else "every second one"
     return [f"calibration images: {share} adversarial, by PGD-{PROBE_STEPS} on the float network at {run.threat}"]
 
 

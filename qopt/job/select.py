@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal, final
 
+import torch
+
+from qopt.attacks import PGD
 from qopt.config import Options
-from qopt.job.run import Run
+from qopt.job.run import PROBE_STEPS, Run
 from qopt.job.space import probe_images
 from qopt.measure.divergence import Probe
 from qopt.measure.network import TwinClassifier
+from qopt.measure.robustness import BATCH
 from qopt.plan import Plan
 from qopt.quantize import Applied
 from qopt.report.model import EvaluatedPlan
@@ -47,15 +51,18 @@ def variants(options: Options) -> list[Variant]:
 def select(run: Run, plans: Sequence[tuple[str, Plan]]) -> tuple[Applied, list[EvaluatedPlan]]:
     """Make every plan real in every variant and keep what stays closest to float on the select images.
 
-    Closest is the mean KL divergence on clean images, plus, in a robust run, on adversarial ones made on the float
-    network: examples whose gradients no quantizer can mask. Without data the first plan is applied as it is.
+    Closest is the mean KL divergence from float on clean images, plus, in a robust run, the one on adversarial images:
+    those made on the float network, whose gradients no quantizer can mask, or those that a short PGD makes on the
+    plan's own twin, whichever moves it further from what float says of the clean image. Without data the first plan
+    is applied as it is.
     """
     if run.data is None:
         run.left_out.append("activation quantization, bias correction and measured selection: they need --data")
         return run.quantizer.apply(plans[0][1]), []
     run.progress("measured selection")
     clean, adversarial = probe_images(run, "select")
-    probes = [Probe.of(run.float_twin, images) for images in (clean, adversarial) if images is not None]
+    probe = Probe.of(run.float_twin, clean)
+    moved = None if adversarial is None else Probe(adversarial, probe.reference)
     best: Applied | None = None
     rows: list[EvaluatedPlan] = []
     lowest = float("inf")
@@ -63,12 +70,24 @@ def select(run: Run, plans: Sequence[tuple[str, Plan]]) -> tuple[Applied, list[E
         applied = run.quantizer.apply(
             plan.with_changes(rounding=variant.rounding, bias_correction=variant.bias_correction)
         )
-        found = [probe.divergence(_twin(run, applied)) for probe in probes]
+        twin = _twin(run, applied)
+        found = [probe.divergence(twin)]
+        if moved is not None:
+            found.append(max(moved.divergence(twin), _attacked(run, twin, probe)))
         rows.append(_row(run, f"{name}, {variant.label}", applied, found))
         if sum(found) < lowest:
             best, lowest = applied, sum(found)
     assert best is not None
     return best, [row.model_copy(update={"chosen": row.digest == best.plan.digest}) for row in rows]
+
+
+def _attacked(run: Run, twin: TwinClassifier, probe: Probe) -> float:
+    """Divergence from what float says of the clean images, on examples that a short PGD makes of them on ``twin``."""
+    assert run.data is not None
+    labels = torch.from_numpy(run.data.select.labels[: len(probe.images)])
+    attack = PGD(steps=PROBE_STEPS, compact=False, batch_size=BATCH)
+    made = attack(twin, probe.images, labels, run.threat, seed=run.seed("select"))
+    return Probe(made.adversarial, probe.reference).divergence(twin)
 
 
 def _row(run: Run, name: str, applied: Applied, divergences: list[float]) -> EvaluatedPlan:

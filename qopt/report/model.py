@@ -74,7 +74,10 @@ class ActivationRow(Document):
 
 @final
 class EvaluatedPlan(Document):
-    """One plan that was measured on the select images: mean KL divergence from float, in nats."""
+    """One plan that was measured on the select images: mean KL divergence from float's clean predictions, in nats.
+
+    The adversarial one is the larger of two: on examples made on float, and on the plan's own.
+    """
 
     name: str
     digest: str

@@ -49,7 +49,8 @@ def test_the_emitted_plan_gives_the_same_file_again(
     """Rounding by GPTQ and bias correction need the images again; ranges are in the plan."""
     path = tmp_path / "plan.json"
     path.write_text(bundle.plan.to_json())
-    again = qopt.optimize(example_onnx, plan=path, data=fashion, calibration_images=128, probe_images=64)
+    images: dict[str, Any] = {"calibration": "mixed", "calibration_images": 128, "probe_images": 64}
+    again = qopt.optimize(example_onnx, plan=path, data=fashion, **images)
     assert again.model == bundle.model
     assert again.plan == bundle.plan
     assert again.report.search.strategy == "none, the plan was given"

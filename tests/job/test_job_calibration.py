@@ -123,6 +123,7 @@ def test_mixing_few_images(example_model: ir.Model, fashion: Data, count: int) -
     assert changed.tolist() == [False, True, False][:count]
 
 
-def test_the_default_is_clean() -> None:
-    assert Options().calibration == "clean"
+def test_the_default_is_mixed_in_a_robust_run_and_clean_elsewhere() -> None:
+    assert (Options().calibrated_on, Options(robust=True).calibrated_on) == ("clean", "mixed")
+    assert Options(robust=True, calibration="clean").calibrated_on == "clean"
     assert replace(Options(), calibration="mixed").as_dict()["calibration"] == "mixed"

@@ -77,7 +77,7 @@ def test_an_unreachable_limit_names_what_can_be_reached(example_onnx: Path) -> N
         ({"thresholds": "weighted"}, "--thresholds: weighted thresholds .*; give --data"),
         ({"bias_correction": "on"}, "--bias-correction: .*; give --data"),
         ({"calibration": "adversarial"}, "--calibration: adversarial images are made of images; give --data"),
-        ({"calibration": "advers"}, "expected clean, adversarial, mixed"),
+        ({"calibration": "advers"}, "expected auto, clean, adversarial, mixed"),
         ({"limits": ("latency<=5ms",)}, "prices latency"),
         ({"thresholds": "papers"}, "expected auto, paper"),
         ({"bias_correction": "yes"}, "expected auto, on, off"),
