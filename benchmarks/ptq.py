@@ -1,10 +1,13 @@
 """Post-training quality at equal bits: clean and robust accuracy against float on public networks.
 
-Run: ``QOPT_ASSETS=folder python benchmarks/ptq.py [--networks a,b] [--bits 4,3,2.5,2] [--draws 3] [--write]``.
+Run: ``QOPT_ASSETS=folder python benchmarks/ptq.py [--networks a,b] [--bits 4,3,2.5,2] [--draws 3] [--apgd] [--write]``.
 
 Every row is the mean over calibration draws (which train images calibrate, which select) of the paired difference to
 float on the same test images, with its standard error over images. Bits are code bits and stored bits per weight as
-qopt counts them; accuracy is what the emitted file gives in ONNX Runtime.
+qopt counts them. Accuracy is what the emitted file gives in ONNX Runtime, attacked through its twin: by qopt's preset
+(FGSM, PGD-20, and float's examples transferred) on all test images; with ``--apgd`` also by APGD-CE on all of them and
+by APGD-T on the first 1000, of ``pip install qopt[autoattack]``. An image counts as robust where every attack up to
+and including that column fails, so the columns fall from left to right.
 """
 
 from __future__ import annotations
@@ -18,12 +21,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
-import qopt
+from qopt.api import load
+from qopt.attacks import accuracy_vector
+from qopt.cache import Cache
+from qopt.config import resolve_options
 from qopt.data import Data, Split
-from qopt.report.model import Drop, Report, Row
+from qopt.job.artefact import Artefact, build_artefact, float_artefact
+from qopt.job.choose import choose
+from qopt.job.optimize import Task, start
+from qopt.job.report import layer_metadata
+from qopt.job.rows import Table
+from qopt.job.run import Run
+from qopt.size import code_bits, stored_bits
+from qopt.statistics import paired_difference
 
 RESULTS = Path(__file__).resolve().parent / "results"
+TARGETED = 1000
+"""Test images that APGD-T attacks."""
+
+COLUMNS = ("clean", "PGD-20", "APGD-CE", "APGD-T")
 
 
 @dataclass(frozen=True)
@@ -64,38 +83,102 @@ def draw(path: Path, seed: int) -> Data:
     return Data(part("train", order[:half]), part("train", order[half:]), part("test", test))
 
 
-def measure(assets: Path, network: Network, bits: float, seed: int, options: dict[str, str]) -> tuple[Report, float]:
-    """One compilation and its report, with the seconds it took."""
+@dataclass(frozen=True)
+class Measured:
+    """One compilation: sizes, CPU seconds to the file, and which test images it gets right, by column."""
+
+    code_bits: float
+    stored_bits: float
+    seconds: float
+    correct: dict[str, Tensor]
+
+
+def apgd(artefact: Artefact, run: Run, correct: Tensor, attack: str) -> Tensor:
+    """What is left of ``correct`` after one attack of AutoAttack on those images, judged in the file."""
+    from pyautoattack.autoattack import AutoAttack
+
+    class Model(torch.nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return artefact.twin(images)
+
+    rows = torch.nonzero(correct).flatten()
+    images, labels = (torch.from_numpy(a)[rows] for a in (run.data.report.images, run.data.report.labels))
+    adversary = AutoAttack(
+        Model(), attacks=[attack], version="custom", eps=run.threat.eps, norm="Linf", seed=run.seed("report") % 2**31
+    )
+    adversary.apgd.n_restarts = 1
+    found = adversary.run_standard_evaluation(images, labels, batch_size=250)
+    adversarial = found[0] if isinstance(found, tuple) else found
+    assert float((adversarial - images).abs().max()) <= run.threat.eps + 1e-6
+    left = torch.zeros_like(correct)
+    left[rows] = accuracy_vector(artefact.classifier, adversarial, labels)
+    return left
+
+
+def columns(artefact: Artefact, run: Run, clean: Tensor, robust: Tensor | None, with_apgd: bool) -> dict[str, Tensor]:
+    """Which images are right, by column; `TARGETED` of them under APGD-T."""
+    found = {"clean": clean}
+    if robust is not None:
+        found["PGD-20"] = robust
+        if with_apgd:
+            found["APGD-CE"] = apgd(artefact, run, robust, "apgd-ce")
+            few = found["APGD-CE"].clone()
+            few[TARGETED:] = False
+            found["APGD-T"] = apgd(artefact, run, few, "apgd-t")[:TARGETED]
+    return found
+
+
+def measure(
+    assets: Path, network: Network, bits: float, seed: int, options: dict[str, str], floats: dict, with_apgd: bool
+) -> Measured:
+    """One compilation; what float does on the same images is computed once and kept in ``floats``."""
     began = time.process_time()
-    bundle = qopt.optimize(
-        assets / "onnx" / f"{network.name}.onnx", data=draw(assets / "data" / f"{network.data}.npz", seed),
+    resolved = resolve_options(
         target="int4", limits=(f"bits<={bits}",), robust=network.robust, eps=network.eps, baselines=(), gates=(),
         activations=network.activations, attack_images=2000, seed=seed, **options,
     )  # fmt: skip
-    return bundle.report, time.process_time() - began
+    model = load(assets / "onnx" / f"{network.name}.onnx")
+    task = Task(model, network.name, draw(assets / "data" / f"{network.data}.npz", seed), resolved)
+    run = start(task, Cache(None), lambda step: None)
+    choice = choose(run)
+    artefact = build_artefact(run, choice.applied, layer_metadata(choice))
+    seconds = time.process_time() - began
+    table = Table(run)
+    table.add_float(float_artefact(run))
+    if network.name not in floats:
+        scores = table.reference.scores
+        robust = None if scores is None else scores.robust
+        floats[network.name] = columns(float_artefact(run), run, table.reference.clean, robust, with_apgd)
+    clean, scores = table.add("qopt", artefact, choice.applied, naive=False)
+    robust = None if scores is None else scores.robust
+    stored = list(choice.applied.quantized.stored(run.prepared))
+    return Measured(
+        code_bits(stored), stored_bits(stored), seconds, columns(artefact, run, clean, robust, with_apgd)
+    )  # fmt: skip
 
 
-def ours(report: Report) -> Row:
-    return next(row for row in report.rows if row.name == "qopt")
-
-
-def differences(drops: list[Drop | None]) -> str:
-    """Mean difference and mean standard error over draws."""
-    found = [drop for drop in drops if drop is not None]
-    if not found:
+def difference(reference: dict[str, Tensor], found: list[Measured], column: str) -> str:
+    """Mean over draws of float minus network in points, and the mean standard error over images."""
+    if column not in reference:
         return "-"
-    return f"{np.mean([d.value for d in found]):+.2f} +- {np.mean([d.standard_error for d in found]):.2f}"
+    pairs = [paired_difference(reference[column].numpy(), one.correct[column].numpy()) for one in found]
+    return f"{np.mean([p.difference for p in pairs]):+.2f} +- {np.mean([p.standard_error for p in pairs]):.2f}"
 
 
-def table_row(network: Network, bits: float, reports: list[Report], seconds: float) -> list[str]:
+def table_row(network: Network, bits: float, reference: dict[str, Tensor], found: list[Measured]) -> list[str]:
     """Means over draws."""
-    rows = [ours(report) for report in reports]
     return [
-        network.name, f"{bits:g}", f"{np.mean([r.size.code_bits for r in reports]):.2f}",
-        f"{np.mean([r.size.stored_bits for r in reports]):.2f}", f"{np.mean([row.clean.value for row in rows]):.2f}",
-        differences([row.clean_drop for row in rows]), differences([row.robust_drop for row in rows]),
-        f"{seconds / len(reports):.0f}",
+        network.name, f"{bits:g}", f"{np.mean([one.code_bits for one in found]):.2f}",
+        f"{np.mean([one.stored_bits for one in found]):.2f}",
+        *(difference(reference, found, column) for column in COLUMNS),
+        f"{np.mean([one.seconds for one in found]):.0f}",
     ]  # fmt: skip
+
+
+def float_row(name: str, reference: dict[str, Tensor]) -> str:
+    """Accuracy of float in percent, by column."""
+    shares = (f"{100 * float(v.double().mean()):.2f}" for v in reference.values())
+    return f"{name}: float " + ", ".join(f"{c} {s} %" for c, s in zip(reference, shares, strict=True))
 
 
 def main() -> None:
@@ -103,28 +186,36 @@ def main() -> None:
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--bits", default="4,3,2.5,2")
     parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--apgd", action="store_true", help="also APGD-CE and APGD-T, of pyautoattack")
     parser.add_argument("--options", default="{}", help="further options of qopt.optimize, as JSON")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/ptq.md")
+    parser.add_argument("--threads", type=int, help="CPU threads [all]")
+    parser.add_argument("--write", metavar="NAME", help="write benchmarks/results/NAME.md")
     args = parser.parse_args()
     assets = os.environ.get("QOPT_ASSETS")
     if not assets:
         raise SystemExit("set QOPT_ASSETS to the folder of the public networks")
-    options = json.loads(args.options)
-    header = ["network", "budget", "code bits", "stored bits", "clean %", "clean drop", "robust drop", "CPU s"]
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    drops = [f"{column} drop" for column in COLUMNS]
+    header = ["network", "budget", "code bits", "stored bits", *drops, "CPU s"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     print("\n".join(lines), flush=True)
+    floats: dict[str, dict[str, Tensor]] = {}
     for name in args.networks.split(","):
         for bits in map(float, args.bits.split(",")):
-            found = [measure(Path(assets), NETWORKS[name], bits, seed, options) for seed in range(args.draws)]
-            row = table_row(NETWORKS[name], bits, [report for report, _ in found], sum(s for _, s in found))
-            lines.append("| " + " | ".join(row) + " |")
+            found = [
+                measure(Path(assets), NETWORKS[name], bits, seed, json.loads(args.options), floats, args.apgd)
+                for seed in range(args.draws)
+            ]
+            lines.append("| " + " | ".join(table_row(NETWORKS[name], bits, floats[name], found)) + " |")
             print(lines[-1], flush=True)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"\npeak memory {memory:.2f} GB")
+    memory = f"Peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB; {args.draws} draws."
+    lines += ["", *(f"- {float_row(name, reference)}" for name, reference in floats.items()), "", memory]
+    print("\n".join(lines[-len(floats) - 3 :]))
     if args.write:
         RESULTS.mkdir(exist_ok=True)
         text = "\n".join(lines)
-        (RESULTS / "ptq.md").write_text(f"# Post-training quality\n\n{text}\n\nPeak memory {memory:.2f} GB.\n")
+        (RESULTS / f"{args.write}.md").write_text(f"# Post-training quality\n\n{text}\n")
 
 
 if __name__ == "__main__":

@@ -97,8 +97,9 @@ def optimize(
     baseline: Annotated[
         list[str] | None, typer.Option(help="Uniform plan to compare, WEIGHTS[@ACTIVATIONS]. [int4:max]")
     ] = None,
-    rounding: Annotated[str, typer.Option(help="auto (measured), nearest or gptq.")] = "auto",
+    rounding: Annotated[str, typer.Option(help="auto (measured), nearest, gptq or adaround.")] = "auto",
     bias_correction: Annotated[str, typer.Option(help="auto (measured), on or off.")] = "auto",
+    rows: Annotated[str, typer.Option(help="Formats per output channel: auto (measured), on or off.")] = "auto",
     effort: Annotated[str, typer.Option(help="How much auto tries: fast, normal or max.")] = "normal",
     mean: Annotated[str, typer.Option(help="Per-channel mean, where normalisation lies outside.")] = "",
     std: Annotated[str, typer.Option(help="Per-channel standard deviation.")] = "",
@@ -108,7 +109,7 @@ def optimize(
     calibration: Annotated[
         str, typer.Option(help="Calibrate on clean, adversarial or mixed images. [mixed if robust]")
     ] = "auto",
-    calibration_images: Annotated[int, typer.Option(help="Images that ranges are observed on, at most.")] = 512,
+    calibration_images: Annotated[int, typer.Option(help="Images that ranges are observed on, at most.")] = 1024,
     probe_images: Annotated[int, typer.Option(help="Images that plans are compared on, at most.")] = 256,
     attack_images: Annotated[int, typer.Option(help="Report images that are attacked, at most.")] = 1000,
     seed: Annotated[int, typer.Option(help="Every random choice derives from it.")] = 0,
@@ -126,7 +127,7 @@ def optimize(
         "target": target, "robust": robust, "norm": norm, "eps": eps, "limits": tuple(limit or ()),
         "gates": tuple(gate) if gate else None, "search": search, "thresholds": thresholds, "threshold": threshold,
         "activations": activations, "rounding": rounding, "bias_correction": bias_correction,
-        "effort": effort, "seed": seed,
+        "rows": rows, "effort": effort, "seed": seed,
         "mean": _numbers(mean, "--mean"), "std": _numbers(std, "--std"), "calibration": calibration,
         "calibration_images": calibration_images, "probe_images": probe_images, "attack_images": attack_images,
     }  # fmt: skip

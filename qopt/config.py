@@ -13,7 +13,8 @@ from qopt.threat import Norm, ThreatModel, parse_eps
 
 ThresholdForm = Literal["auto", "paper", "relative", "weighted", "none"]
 BiasCorrection = Literal["auto", "on", "off"]
-Rounding = Literal["auto", "nearest", "gptq"]
+Rounding = Literal["auto", "nearest", "gptq", "adaround"]
+Rows = Literal["auto", "on", "off"]
 Effort = Literal["fast", "normal", "max"]
 Calibration = Literal["auto", "clean", "adversarial", "mixed"]
 
@@ -22,6 +23,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "thresholds": get_args(ThresholdForm),
     "bias_correction": get_args(BiasCorrection),
     "rounding": get_args(Rounding),
+    "rows": get_args(Rows),
     "effort": get_args(Effort),
     "calibration": get_args(Calibration),
 }
@@ -52,10 +54,13 @@ class Options:
         activations: format of activations in place of the target's, or None.
         baselines: plans to measure beside the chosen one, ``WEIGHTS`` or ``WEIGHTS@ACTIVATIONS`` (``int4:max``,
             ``int8@int4``), uniform and rounded to nearest; activations default to int8.
-        rounding: how weights become codes: ``nearest``, ``gptq``, or ``auto``, which measures on the select images.
+        rounding: how weights become codes: ``nearest``, ``gptq``, ``adaround``, or ``auto``, which measures on the
+            select images.
         bias_correction: ``auto`` chooses by measurement on the select images.
+        rows: whether the output channels of one layer may have different formats; ``auto`` chooses by measurement on
+            the select images, and leaves them one format where thresholds are asked for, which look at whole layers.
         effort: how much ``auto`` tries: ``fast`` rounds to nearest only, ``normal`` also by GPTQ, ``max`` also by GPTQ
-            around the origin, and a uniform plan beside the searched one.
+            around the origin and by AdaRound, and a uniform plan beside the searched one.
         mean: per-channel mean, where normalisation lies outside the network; ``std`` likewise.
         calibration: what the network is calibrated on: ``clean`` images, ``adversarial`` ones that PGD makes of them on
             the float network within the threat model, or ``mixed``, which takes every second image adversarial;
@@ -79,11 +84,12 @@ class Options:
     baselines: tuple[str, ...] = ("int4:max",)
     rounding: Rounding = "auto"
     bias_correction: BiasCorrection = "auto"
+    rows: Rows = "auto"
     effort: Effort = "normal"
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     calibration: Calibration = "auto"
-    calibration_images: int = 512
+    calibration_images: int = 1024
     probe_images: int = 256
     attack_images: int = 1000
     seed: int = 0

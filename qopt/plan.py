@@ -51,7 +51,8 @@ class Plan(Document):
         activations: tensor name or glob to activation spec.
         ranges: tensor name to the calibrated ``(low, high)``; tensors without one are calibrated from data.
         ties: groups of layers that must share one format.
-        rounding: how weights become codes: each to the nearest level, or by GPTQ on the inputs of its layer.
+        rounding: how weights become codes: each to the nearest level, by GPTQ on the inputs of its layer, or by
+            AdaRound, which is trained on the outputs of the layer and starts where GPTQ ends.
         bias_correction: whether the biases absorb the mean shift that quantized weights cause.
         model: SHA-256 of the prepared graph the plan was made for, or empty for a plan that fits any.
         data: SHA-256 of the images that calibrated it, or empty.
@@ -64,7 +65,7 @@ class Plan(Document):
     activations: dict[str, ActivationText] = Field(default_factory=dict)
     ranges: dict[str, tuple[float, float]] = Field(default_factory=dict)
     ties: list[list[str]] = Field(default_factory=list)
-    rounding: Literal["nearest", "gptq"] = "nearest"
+    rounding: Literal["nearest", "gptq", "adaround"] = "nearest"
     bias_correction: bool = False
     model: str = ""
     data: str = ""

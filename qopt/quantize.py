@@ -24,12 +24,13 @@ from qopt.passes.correct_biases import CorrectBiases
 from qopt.passes.fold_weights import FoldWeights
 from qopt.passes.insert_activation_quantizers import InsertActivationQuantizers
 from qopt.passes.insert_weight_quantizers import InsertWeightQuantizers
+from qopt.passes.round_adaround import RoundAdaRound
 from qopt.passes.round_biases import RoundBiases
 from qopt.passes.round_gptq import RoundGPTQ
 from qopt.passes.unshare import Unshare
 from qopt.passes.watcher import live_bytes
 from qopt.plan import Plan
-from qopt.quant import AffineRange, QuantizedWeight, RangeObserver, quantize_weight
+from qopt.quant import AffineRange, AnyWeight, RangeObserver, quantize_weight
 from qopt.seeds import derive
 from qopt.spec import ActivationSpec, WeightSpec
 
@@ -39,8 +40,14 @@ BATCH = 64
 BIAS_IMAGES = 256
 """Calibration images on which biases are corrected, at most."""
 
-ROUNDING_IMAGES = 512
+ROUNDING_IMAGES = 1024
 """Calibration images that rounding methods see, at most."""
+
+ROUNDINGS = {"gptq": "GPTQ", "adaround": "AdaRound"}
+"""What messages call the rounding methods that need images."""
+
+ADAROUND_BATCH = 32
+"""Images per training step of AdaRound where the batch axis is dynamic."""
 
 ACTIVATION_BYTES = 1 << 29
 """The activations that passes which run all their images side by side may hold at once; fewer images where more."""
@@ -88,7 +95,7 @@ class Quantizer:
     float_graph: GraphModule = field(init=False)
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
-    _weights: dict[tuple[str, WeightSpec], QuantizedWeight] = field(default_factory=dict)
+    _weights: dict[tuple[str, WeightSpec], AnyWeight] = field(default_factory=dict)
     _observers: dict[str, RangeObserver] = field(default_factory=dict)
     _bounds: dict[tuple[str, ActivationSpec], tuple[float, float]] = field(default_factory=dict)
 
@@ -116,7 +123,7 @@ class Quantizer:
         """The float weight of a layer, in its stored orientation."""
         return torch.from_numpy(self.prepared.initializer(layer.initializer).copy())
 
-    def quantized_weight(self, layer: Layer, spec: WeightSpec) -> QuantizedWeight:
+    def quantized_weight(self, layer: Layer, spec: WeightSpec) -> AnyWeight:
         """The codes of a layer in a format, computed once."""
         key = (layer.name, spec)
         if key not in self._weights:
@@ -143,14 +150,15 @@ class Quantizer:
             if not specs[layer.name].is_float
         }
         activations = self._activations(plan)
-        rounder = self._rounder(plan.bias_correction) if plan.rounding == "gptq" and weights else None
-        corrector = rounder or (self._corrector() if plan.bias_correction else None)
-        steps: list[Pass] = [InsertWeightQuantizers(weights), InsertActivationQuantizers(activations)]
-        steps += [corrector] if corrector else []
+        rounders = self._rounders(plan) if weights else []
+        steps: list[Pass] = [InsertWeightQuantizers(weights), InsertActivationQuantizers(activations), *rounders]
         first = Pipeline(steps, self.sample)
         graph = first(copy.deepcopy(self.float_graph))
-        weights |= rounder.weights if rounder else {}
-        quantized = Quantized(weights, dict(corrector.biases) if corrector else {}, activations)
+        biases: dict[tuple[str, int], Tensor] = {}
+        for rounder in rounders:
+            weights |= rounder.weights if not isinstance(rounder, CorrectBiases) else {}
+            biases |= rounder.biases
+        quantized = Quantized(weights, biases, activations)
         second = Pipeline((RoundBiases(self._kernel_biases(quantized)), FoldWeights()), self.sample)
         graph = second(graph)
         return Applied(plan, quantized, graph, first.seconds | second.seconds, (*first.notes, *second.notes))
@@ -193,13 +201,22 @@ class Quantizer:
         }
         return {value: ranges[name] for name, values in self.tensors.items() if name in ranges for value in values}
 
-    def _corrector(self) -> CorrectBiases:
-        images = self._images(BIAS_IMAGES, 1, "bias correction", "bias_correction")
-        return CorrectBiases(images, self.float_graph, self.prepared.batch or BATCH)
-
-    def _rounder(self, centred: bool) -> RoundGPTQ:
-        images = self._images(ROUNDING_IMAGES, 2, "rounding by GPTQ", "rounding")
-        return RoundGPTQ(images, self.float_graph, self.prepared.batch or BATCH, centred=centred)
+    def _rounders(self, plan: Plan) -> list[CorrectBiases | RoundGPTQ | RoundAdaRound]:
+        """The passes that better the codes to nearest or the biases beside them, in order; AdaRound follows GPTQ."""
+        batch, centred = self.prepared.batch or BATCH, plan.bias_correction
+        if plan.rounding == "nearest":
+            if not centred:
+                return []
+            images = self._images(BIAS_IMAGES, 1, "bias correction", "bias_correction")
+            return [CorrectBiases(images, self.float_graph, batch)]
+        images = self._images(ROUNDING_IMAGES, 2, f"rounding by {ROUNDINGS[plan.rounding]}", "rounding")
+        found: list[CorrectBiases | RoundGPTQ | RoundAdaRound] = [
+            RoundGPTQ(images, self.float_graph, batch, centred=centred)
+        ]
+        if plan.rounding == "adaround":
+            small = self.prepared.batch or ADAROUND_BATCH
+            found.append(RoundAdaRound(images, self.float_graph, small, seed=derive(0, "adaround"), centred=centred))
+        return found
 
     def _images(self, most: int, networks: int, what: str, key: str) -> Tensor:
         """The first calibration images, as many as fit into memory where ``networks`` run all of them side by side."""

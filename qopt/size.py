@@ -23,25 +23,54 @@ class Stored:
         channels: number of output channels.
         spec: the format.
         grid: which grid an ``auto`` format took; ``auto`` while that is open, which counts the tables of all of them.
+        order_bytes: of one part of a weight with rows: what the order of the channels takes, told of the first part.
     """
 
     weights: int
     channels: int
     spec: WeightSpec
     grid: Grid = "auto"
+    order_bytes: int = 0
+
+    @property
+    def parts(self) -> tuple[Stored, ...]:
+        """What is packed by itself: of a format with rows all channels of one format, else the weight as it is."""
+        if not self.spec.rows:
+            return (self,)
+        total, counts = self.spec.channels, self.spec.row_counts
+        order = self.channels * order_width(self.channels) if len(self.spec.rows) > len(counts) else 0
+        return tuple(
+            Stored(self.weights * count // total, self.channels * count // total, spec, order_bytes=0 if i else order)
+            for i, (spec, count) in enumerate(counts.items())
+        )
 
     @property
     def code_bytes(self) -> int:
         """Bytes of the packed codes, in the container that the format occupies."""
+        if self.spec.rows:
+            return sum(part.code_bytes for part in self.parts)
         packing = self.spec.packing
         return ceil(self.weights / packing.codes) * packing.bytes
 
     @property
+    def code_bits(self) -> float:
+        """Container bits of all codes, before the last byte is filled up."""
+        return sum((part.weights * part.spec.container_bits for part in self.parts), 0)
+
+    @property
     def bytes(self) -> int:
-        """Bytes of codes and scales; tables of levels are shared by all tensors of a format: see `table_bytes`."""
+        """Bytes of codes, scales and the order of rows; tables are shared by all tensors: see `table_bytes`."""
+        if self.spec.rows:
+            return sum(part.bytes for part in self.parts)
         if self.spec.is_float:
             return self.code_bytes
-        return self.code_bytes + (self.channels if self.spec.granularity == "channel" else 1) * SCALE_BYTES
+        scales = self.channels if self.spec.granularity == "channel" else 1
+        return self.code_bytes + scales * SCALE_BYTES + self.order_bytes
+
+
+def order_width(channels: int) -> int:
+    """Bytes of one number in the order of ``channels`` channels: uint8, uint16 or int32."""
+    return 1 if channels <= 1 << 8 else 2 if channels <= 1 << 16 else 4
 
 
 def tables(spec: WeightSpec, grid: Grid = "auto") -> dict[str, int]:
@@ -50,9 +79,11 @@ def tables(spec: WeightSpec, grid: Grid = "auto") -> dict[str, int]:
     Codes that share bytes in other ways than ONNX knows need the powers of their base to be taken apart. Codes that
     are no levels themselves need a table: int8, or float32 for log formats and plugins above 4 bits.
     """
-    base, codes, size = spec.packing
+    if spec.rows:
+        return {name: size for row in spec.row_counts for name, size in tables(row).items()}
     if spec.is_float:
         return {}
+    base, codes, size = spec.packing
     found = {f"base{base}": 4 * (1 + codes) + (4 * size if size > 1 else 0)} if base <= 8 else {}
     return found | dict.fromkeys(_level_tables(spec, grid), base * (1 if base <= 16 else 4))
 
@@ -67,7 +98,7 @@ def stored_bytes(tensors: Iterable[Stored]) -> int:
 
     The shapes that a file spells out as integers beside them are structure, as strides are, and not counted.
     """
-    items = list(tensors)
+    items = [part for tensor in tensors for part in tensor.parts]
     shared = {name: size for item in items for name, size in tables(item.spec, item.grid).items()}
     return sum((t.bytes for t in items), 0) + sum(shared.values())
 
@@ -86,7 +117,7 @@ def code_bits(tensors: Iterable[Stored]) -> float:
     """Container bits of the codes per weight, averaged over the network: what ``--limit "bits<=..."`` means."""
     items = list(tensors)
     total = sum(t.weights for t in items)
-    return sum(t.weights * t.spec.container_bits for t in items) / total if total else 0.0
+    return sum(t.code_bits for t in items) / total if total else 0.0
 
 
 def stored_bits(tensors: Iterable[Stored]) -> float:

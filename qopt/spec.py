@@ -10,6 +10,10 @@ A weight spec is ``format [":" granularity] [":" scale] [":" grid]``, options in
   side turned to either sign), ``mid`` (2**bits levels at odd multiples of half a step, none at zero; up to 4 bits) or
   ``auto`` (the one of lowest squared error, the default). Under ``max`` the grid is narrow.
 
+``rows(int8*3,ternary*12,int4)`` gives each output channel its own format: a list of runs in the order of the channels,
+``*1`` left out. Its formats have a scale per channel and levels that an integer kernel takes: ``int1`` to ``int8``,
+``ternary``, ``log1`` to ``log4``, and plugins up to 4 bits.
+
 An activation spec is ``int`` with 1 to 8 bits and a calibrator: ``minmax`` (the default), ``pXX`` (percentile XX of
 the observed values), ``mse`` (least squared error), ``entropy`` (Kullback-Leibler), ``clip1`` or ``clip6`` (ReLU1,
 ReLU6): ``int8``, ``int4:p99.9``, ``int4:mse``, or ``float``.
@@ -18,24 +22,39 @@ ReLU6): ``int8``, ``int4:p99.9``, ``int4:mse``, or ``float``.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from typing import Literal, NamedTuple, cast, final, get_args
 
-from qopt.errors import PlanError
+from qopt.errors import PlanError, UsageError
 
 Granularity = Literal["channel", "tensor"]
 Scale = Literal["mse", "max"]
 Grid = Literal["auto", "narrow", "full", "mid"]
 Calibrator = Literal["percentile", "mse", "entropy", "clip1", "clip6"]
 
-_EITHER = "tensor|channel|max|mse"
 _GRIDS = "auto|narrow|full|mid"
-_NOT_TWICE = "".join(f"(?!.*:({group}).*:({group}))" for group in ("tensor|channel", "max|mse", _GRIDS))
-WEIGHT_PATTERN = (
-    rf"^{_NOT_TWICE}(?!.*:max.*:({_GRIDS}))(?!.*:({_GRIDS}).*:max)(float"
-    rf"|(int1|log[1-8]|ternary|(?!(float|int|log|ternary|linear|binary)@)[a-z][a-z0-9_]*@[1-8])(:({_EITHER}))*"
-    rf"|int[2-8](:({_EITHER}|auto|narrow|full))*|int[2-4](:({_EITHER}|{_GRIDS}))*)$"
-)
+_ONE = "[^,*)]*"  # never past the end of one format, nor of one run of rows
+_NOT_TWICE = "".join(f"(?!{_ONE}:({group}){_ONE}:({group}))" for group in ("tensor|channel", "max|mse", _GRIDS))
+_ALLOWED = rf"{_NOT_TWICE}(?!{_ONE}:max{_ONE}:({_GRIDS}))(?!{_ONE}:({_GRIDS}){_ONE}:max)"
+_PLUGIN = r"(?!(float|int|log|ternary|linear|binary|rows)@)[a-z][a-z0-9_]*@"
+
+
+def _formats(most: int, either: str) -> str:
+    """Formats with codes; ``most`` bits of those that have a table, ``either`` the options that all of them take."""
+    return (
+        rf"(int1|log[1-{most}]|ternary|{_PLUGIN}[1-{most}])(:({either}))*"
+        rf"|int[2-4](:({either}|{_GRIDS}))*|int[5-8](:({either}|auto|narrow|full))*"
+    )
+
+
+MOST_ROWS = 10**7
+"""More output channels than any layer has: what a count of rows stays below."""
+
+_ROW = rf"{_ALLOWED}({_formats(4, 'channel|max|mse')})"
+_RUN = rf"{_ROW}(\*[1-9][0-9]{{0,6}})?"
+WEIGHT_PATTERN = rf"^({_ALLOWED}(float|{_formats(8, 'tensor|channel|max|mse')})|rows\({_RUN}(,{_RUN})*\))$"
 """The grammar of weight specs as a regular expression, for `parse` and for the JSON schema of plans."""
 
 _ACTIVATION = re.compile(r"int([1-8])(?::(minmax|mse|entropy|clip1|clip6|p[0-9]{1,2}(?:\.[0-9]+)?|p100))?")
@@ -62,11 +81,17 @@ class WeightSpec:
     """The format of one weight tensor.
 
     Attributes:
-        kind: ``float``, ``int``, ``log``, ``ternary``, or the name of a plugin in `qopt.quantizers`.
-        bits: bits of a code that is stored by itself: 2 for ternary; `container_bits` is what a code occupies.
+        kind: ``float``, ``int``, ``log``, ``ternary``, ``rows``, or the name of a plugin in `qopt.quantizers`.
+        bits: bits of a code that is stored by itself: 2 for ternary, the most that any row has for ``rows``;
+            `container_bits` is what a code occupies.
         granularity: what shares a scale.
         scale: how the scale is found.
         grid: which levels a linear format has; ``auto`` for all that have no choice.
+        rows: of ``rows``: formats and how many output channels in turn have each, neighbours different; empty for all
+            other kinds.
+
+    Raises:
+        PlanError: for rows that break these rules.
     """
 
     kind: str = "float"
@@ -74,17 +99,36 @@ class WeightSpec:
     granularity: Granularity = "channel"
     scale: Scale = "mse"
     grid: Grid = "auto"
+    rows: tuple[tuple[WeightSpec, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.rows or self.kind == "rows":
+            _check_rows(self)
+
+    @staticmethod
+    def of_rows(specs: Sequence[WeightSpec]) -> WeightSpec:
+        """The format of a weight whose output channels have ``specs``; the format itself where all have the same one.
+
+        Raises:
+            PlanError: no formats, or one that a row cannot have.
+        """
+        if len(set(specs)) == 1:
+            return specs[0]
+        return _rows([(spec, len(list(run))) for spec, run in groupby(specs)])
 
     @staticmethod
     def parse(text: str) -> WeightSpec:
         """Read ``text``; raises PlanError where it is no weight spec."""
         word = text.strip()
+        if word.startswith("rows("):
+            return _parse_rows(word)
         if re.fullmatch(WEIGHT_PATTERN, word) is None:
             known = re.fullmatch(WEIGHT_PATTERN, word.split(":")[0])
             raise PlanError(
                 "unknown or repeated option in a weight format" if known else "not a weight format", got=repr(text),
                 expected="float, int1..int8, log1..log8, ternary or name@1..name@8, then :tensor|channel and :max|mse, "
-                "each once, and behind int2..int8 without :max one of :narrow|full|auto, up to int4 also :mid",
+                "each once, and behind int2..int8 without :max one of :narrow|full|auto, up to int4 also :mid; or "
+                "rows(...)",
             )  # fmt: skip
         if word == "float":
             return FLOAT
@@ -101,13 +145,15 @@ class WeightSpec:
     def __str__(self) -> str:
         if self.kind == "float":
             return "float"
+        if self.rows:
+            return f"rows({','.join(str(spec) + (f'*{count}' if count > 1 else '') for spec, count in self.rows)})"
         options = (":tensor" if self.granularity == "tensor" else "") + (":max" if self.scale == "max" else "")
         return f"{self.short}{options}" + (f":{self.grid}" if self.grid != "auto" else "")
 
     @property
     def short(self) -> str:
-        """The spec without its options: ``int4``, ``log4``, ``ternary``, ``float``."""
-        if self.kind in ("float", "ternary"):
+        """The spec without its options: ``int4``, ``log4``, ``ternary``, ``float``, ``rows``."""
+        if self.kind in ("float", "ternary", "rows"):
             return self.kind
         return f"{self.kind}{self.bits}" if self.kind in ("int", "log") else f"{self.kind}@{self.bits}"
 
@@ -130,16 +176,86 @@ class WeightSpec:
 
     @property
     def packing(self) -> Packing:
-        """How its codes share bytes in the file; a float weight is one code of 4 bytes."""
+        """How its codes share bytes in the file; a float weight is one code of 4 bytes.
+
+        Raises:
+            UsageError: for ``rows``, whose formats have one each.
+        """
+        if self.rows:
+            raise UsageError("rows of several formats share no packing", got=str(self), fix="ask each of `row_counts`")
         if self.is_float:
             return _FLOAT32
         return _TERNARY if self.kind == "ternary" else _BITS.get(self.bits, _WIDE)
 
     @property
     def container_bits(self) -> float:
-        """Bits that one code occupies in the file: 1, 1.6 (ternary), 2, 3, 4, 8 for 5 to 8 bits, and 32 for float."""
-        bits, codes = 8 * self.packing.bytes, self.packing.codes
+        """Bits that one code occupies in the file: 1, 1.6 (ternary), 2, 3, 4, 8 for 5 to 8 bits, and 32 for float.
+
+        Of ``rows`` the average over the rows.
+        """
+        if self.rows:
+            bits, codes = sum(spec.container_bits * count for spec, count in self.rows), self.channels
+        else:
+            bits, codes = 8 * self.packing.bytes, self.packing.codes
         return bits / codes if bits % codes else bits // codes
+
+    @property
+    def channels(self) -> int:
+        """Of ``rows``: how many output channels it describes; 0 for all other kinds."""
+        return sum(count for _, count in self.rows)
+
+    @property
+    def row_counts(self) -> dict[WeightSpec, int]:
+        """Of ``rows``: each format, in order of first appearance, to how many channels have it."""
+        counts: dict[WeightSpec, int] = {}
+        for spec, count in self.rows:
+            counts[spec] = counts.get(spec, 0) + count
+        return counts
+
+    @property
+    def row_members(self) -> dict[WeightSpec, list[int]]:
+        """Of ``rows``: each format of `row_counts` to the channels that have it, ascending."""
+        members: dict[WeightSpec, list[int]] = {}
+        first = 0
+        for spec, count in self.rows:
+            members.setdefault(spec, []).extend(range(first, first + count))
+            first += count
+        return members
+
+
+def _rows(runs: list[tuple[WeightSpec, int]]) -> WeightSpec:
+    return WeightSpec("rows", max((spec.bits for spec, _ in runs), default=0), rows=tuple(runs))
+
+
+def _parse_rows(word: str) -> WeightSpec:
+    runs: list[tuple[WeightSpec, int]] = []
+    for text in word.removeprefix("rows(").removesuffix(")").split(","):
+        if not word.endswith(")") or re.fullmatch(_RUN, text) is None:
+            raise PlanError(
+                "not a weight format with rows", expected="rows(FORMAT*COUNT,...), the formats int1..int8, log1..log4, "
+                "ternary or name@1..name@4 with a scale per channel, *1 left out", got=f"{text!r} in {word!r}",
+            )  # fmt: skip
+        format_, _, count = text.partition("*")
+        runs.append((WeightSpec.parse(format_), int(count or 1)))
+    joined = [(spec, sum(count for _, count in same)) for spec, same in groupby(runs, key=lambda run: run[0])]
+    return _rows(joined)
+
+
+def _check_rows(spec: WeightSpec) -> None:
+    formats = [row for row, _ in spec.rows]
+    wrong = next((row for row in formats if row.rows or re.fullmatch(_ROW, str(row)) is None), None)
+    if wrong is not None:
+        raise PlanError(
+            "a format that a row of its own cannot have", got=str(wrong),
+            expected="int1..int8, log1..log4, ternary or name@1..name@4 with a scale per channel",
+        )  # fmt: skip
+    options = (spec.kind, spec.granularity, spec.scale, spec.grid)
+    counted = all(count > 0 for _, count in spec.rows) and spec.channels < MOST_ROWS
+    joined = all(one != other for one, other in pairwise(formats))
+    if options != ("rows", "channel", "mse", "auto") or not formats or not counted or not joined:
+        raise PlanError("rows that are no list of runs", got=repr(spec), fix="use WeightSpec.of_rows")
+    if spec.bits != max(row.bits for row in formats):
+        raise PlanError("bits that are not those of the widest row", got=repr(spec), fix="use WeightSpec.of_rows")
 
 
 FLOAT = WeightSpec()

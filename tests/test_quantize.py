@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -20,9 +20,10 @@ from qopt.graph.compare import Runner
 from qopt.graph.model import Prepared
 from qopt.graph.prepare import prepare
 from qopt.passes.base import EXACT, relative_change
-from qopt.plan import Plan, uniform
+from qopt.plan import Defaults, Plan, uniform
 from qopt.quant import AffineRange
 from qopt.quantize import Quantizer, whole_batches
+from qopt.size import code_bits
 from qopt.spec import ActivationSpec, WeightSpec
 
 INT4, INT8 = WeightSpec.parse("int4"), WeightSpec.parse("int8")
@@ -106,6 +107,42 @@ def test_the_twin_and_its_tables(quantizer: Quantizer, dynamic: Prepared, static
     assert set(quantizer.seconds) == {"unshare", "canonicalise-linear", "annotate"}
     reference = Runner(dynamic.model)(quantizer.sample.numpy())
     np.testing.assert_allclose(logits(quantizer.float_graph, quantizer.sample).numpy(), reference, atol=1e-5)
+
+
+class TestRows:
+    """Plans with a format for each output channel."""
+
+    WEIGHTS: ClassVar = {
+        "stem": "rows(int8,int4:narrow*2,int8)",
+        "block": "rows(int2,int3,ternary,int2)",
+        "hidden": "rows(log4*3,int4*5)",
+        "head": "rows(int1,int8,int1)",
+    }
+
+    @pytest.mark.parametrize("activations", ["float", "int8", "int4"])
+    @pytest.mark.parametrize("fields", [{}, {"rounding": "gptq"}, {"rounding": "gptq", "bias_correction": True}])
+    def test_the_file_computes_what_the_twin_does(
+        self, activations: str, fields: dict[str, Any], quantizer: Quantizer, dynamic: Prepared
+    ) -> None:
+        plan = Plan(defaults=Defaults(activations=activations), weights=self.WEIGHTS, **fields)
+        applied = quantizer.apply(plan)
+        assert {name: str(w.spec) for name, w in applied.quantized.weights.items()} == self.WEIGHTS
+        found = file_logits(dynamic, applied.quantized, quantizer.sample)
+        np.testing.assert_allclose(found, logits(applied.graph, quantizer.sample).numpy(), atol=1e-4)
+
+    def test_the_size_is_that_of_the_parts(self, quantizer: Quantizer, dynamic: Prepared) -> None:
+        stored = list(quantizer.apply(Plan(weights=self.WEIGHTS)).quantized.stored(dynamic))
+        bits = 36 * 8 + 36 * 4 + 72 * 2 + 36 * 3 + 36 * 1.6 + 8 * 32 + 64 * 8 * 4 + 8 * (1 + 8 + 1)
+        assert code_bits(stored) == pytest.approx(bits / (72 + 144 + 8 + 512 + 24))
+
+    @pytest.mark.parametrize(("rows", "count"), [("rows(int4*2,int8)", 3), ("rows(int4*2,int8*72)", 74)])
+    def test_a_wrong_number_of_rows_names_the_layer(self, rows: str, count: int, quantizer: Quantizer) -> None:
+        with pytest.raises(PlanError, match=rf"^block: .*\(expected 4, got {count} in "):
+            quantizer.apply(Plan(weights={"block": rows}))
+
+    def test_rows_are_quantized_once(self, quantizer: Quantizer) -> None:
+        one, two = (quantizer.apply(Plan(weights=self.WEIGHTS)).quantized.weights for _ in range(2))
+        assert all(one[name] is two[name] for name in self.WEIGHTS)
 
 
 class TestFloat:
@@ -406,13 +443,13 @@ class TestRounding:
 
     def test_the_codes_that_are_emitted_are_new_and_those_of_nearest_stay_cached(self, quantizer: Quantizer) -> None:
         before = quantizer.apply(uniform(INT4)).quantized.weights
-        kept = {name: weight.codes.clone() for name, weight in before.items()}
+        kept = {name: weight.dequantize() for name, weight in before.items()}
         applied = quantizer.apply(uniform(INT4, rounding="gptq"))
         assert list(applied.quantized.weights) == list(before)
-        assert any(not torch.equal(w.codes, before[name].codes) for name, w in applied.quantized.weights.items())
+        assert any(not torch.equal(w.dequantize(), kept[name]) for name, w in applied.quantized.weights.items())
         for name, weight in quantizer.apply(uniform(INT4)).quantized.weights.items():
             assert weight is before[name]
-            assert torch.equal(weight.codes, kept[name])
+            assert torch.equal(weight.dequantize(), kept[name])
         assert "5 weights rounded by GPTQ" in applied.notes
         assert "round-gptq" in applied.seconds
 
@@ -429,7 +466,7 @@ class TestRounding:
         plan = uniform(INT4, A4, bias_correction=True, rounding="gptq")
         one, two = quantizer.apply(plan), quantizer.apply(plan)
         for name, weight in one.quantized.weights.items():
-            assert torch.equal(weight.codes, two.quantized.weights[name].codes)
+            assert torch.equal(weight.dequantize(), two.quantized.weights[name].dequantize())
             assert torch.equal(weight.scale, two.quantized.weights[name].scale)
 
     @pytest.mark.parametrize(("kept", "count"), [(100, 50), (3, 3), (3.9, 3), (0.1, 1)])

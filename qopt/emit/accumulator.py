@@ -8,7 +8,7 @@ Runtime 1.31 then computes something else without a word (measured: below a scal
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import numpy as np
@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qopt.quant import AffineRange, QuantizedWeight
+from qopt.quant import AffineRange, AnyWeight, QuantizedWeight, parts_of, with_parts
+from qopt.quant.rows import Weight
 
 LARGEST_BIAS = 2**30
 """The largest bias code; the other half of int32 is left for the products: 33 thousand of the largest at 8 bits."""
@@ -55,12 +56,12 @@ class IntegerLayer:
         gemm: whether ONNX Runtime looks for a Gemm there, and for what fuses with one.
     """
 
-    weight: QuantizedWeight
+    weight: AnyWeight
     biases: Mapping[int, Bias]
     gemm: bool
 
 
-def round_bias(bias: NDArray[np.float32], weight: QuantizedWeight, code: AffineRange) -> Bias:
+def round_bias(bias: NDArray[np.float32], weight: AnyWeight, code: AffineRange) -> Bias:
     """The bias (channels,) of a use whose input comes in ``code``; the weight's scales must be large enough for it."""
     unit = np.asarray(weight.scale.numpy() * np.float32(code.scale), np.float32)
     return Bias(np.rint(bias.astype(np.float64) / unit).astype(np.int32), unit)
@@ -74,12 +75,26 @@ def smallest_scales(biases: Iterable[tuple[NDArray[np.float32], AffineRange]], c
     return torch.from_numpy(needed).to(torch.float32)
 
 
-def fit_scales(weight: QuantizedWeight, smallest: Tensor) -> QuantizedWeight:
+def fit_scales(weight: Weight, smallest: Tensor) -> Weight:
     """``weight`` with no scale of a magnitude below ``smallest`` (channels,), codes rounded again where a scale grows.
 
     What changes is below the last bit of the bias. A channel of zeros, where any scale gives zero, gets the smallest
     one: its bias then is as exact as 30 bits are.
     """
+    return with_parts(weight, [_fit_scales(part, smallest[members]) for part, members in parts_of(weight)])
+
+
+def scales_fit(weight: AnyWeight, smallest: Tensor) -> bool:
+    """Whether `fit_scales` keeps the weight: it has a zero level, or no scale is below ``smallest`` (channels,)."""
+    return all(_fits(part, smallest[members]) for part, members in parts_of(weight))
+
+
+def _fits(weight: QuantizedWeight, smallest: Tensor) -> bool:
+    floor = smallest if weight.scale.ndim else smallest.max()
+    return bool((weight.levels()[0] == 0).any()) or bool((weight.scale.abs() >= floor).all())
+
+
+def _fit_scales(weight: QuantizedWeight, smallest: Tensor) -> QuantizedWeight:
     per_channel = weight.scale.ndim > 0
     shape = weight.codes.movedim(weight.axis, 0).shape
     rows = weight.codes.movedim(weight.axis, 0).reshape(len(smallest) if per_channel else 1, -1).clone()
@@ -90,7 +105,7 @@ def fit_scales(weight: QuantizedWeight, smallest: Tensor) -> QuantizedWeight:
     for row in torch.nonzero(new != old).flatten().tolist():
         rows[row] = _recode(rows[row], weight.table, 0.0 if zero[row] else float(old[row]) / float(new[row]))
     codes = rows.reshape(shape).movedim(0, weight.axis).contiguous()
-    return QuantizedWeight(weight.spec, codes, new.reshape(weight.scale.shape), weight.axis, weight.table)
+    return replace(weight, codes=codes, scale=new.reshape(weight.scale.shape))
 
 
 def _recode(codes: Tensor, table: Tensor | None, ratio: float) -> Tensor:

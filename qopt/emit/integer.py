@@ -23,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qopt.emit.accumulator import IntegerLayer, fit_scales, round_bias, smallest_scales
+from qopt.emit.accumulator import IntegerLayer, fit_scales, round_bias, scales_fit, smallest_scales
 from qopt.emit.biases import bias_of
 from qopt.graph.model import Layer, Prepared, Use
 from qopt.graph.quantized import Quantized
@@ -98,12 +98,9 @@ def _added(
 
 
 def _holds_biases(prepared: Prepared, layer: Layer, nodes: _Nodes, quantized: Quantized) -> bool:
-    weight = quantized.weights[layer.name]
-    if bool((weight.levels()[0] == 0).any()):
-        return True
     gemms = [_becomes_gemm(layer, index, nodes[use.node], quantized) for index, use in enumerate(layer.uses)]
     smallest = smallest_scales(_added(prepared, layer, gemms, quantized).values(), layer.channels)
-    return bool((weight.scale.abs() >= (smallest if weight.scale.ndim else smallest.max())).all())
+    return scales_fit(quantized.weights[layer.name], smallest)
 
 
 def _becomes_gemm(layer: Layer, index: int, node: ir.Node, quantized: Quantized) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import final
 
 from torch import Tensor
 
 from qopt.graph.model import Prepared
-from qopt.quant import AffineRange, QuantizedWeight
+from qopt.quant import AffineRange, AnyWeight, parts_of
 from qopt.size import Stored
 from qopt.spec import FLOAT, WeightSpec
 
@@ -25,7 +25,7 @@ class Quantized:
         activations: ONNX value name to its affine codes; tensors that stay float are absent.
     """
 
-    weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
+    weights: Mapping[str, AnyWeight] = field(default_factory=dict)
     biases: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
     activations: Mapping[str, AffineRange] = field(default_factory=dict)
 
@@ -34,7 +34,11 @@ class Quantized:
         return self.weights[layer].spec if layer in self.weights else FLOAT
 
     def stored(self, prepared: Prepared) -> Iterator[Stored]:
-        """Every layer's weight as the file holds it, for `code_bits` and `stored_bits`."""
+        """Every layer's weight as the file holds it, for `code_bits` and `stored_bits`; rows as one item per format."""
         for layer in prepared.layers:
-            grid = self.weights[layer.name].grid if layer.name in self.weights else "auto"
-            yield Stored(layer.weights, layer.channels, self.spec(layer.name), grid)
+            stored = Stored(layer.weights, layer.channels, self.spec(layer.name))
+            if layer.name not in self.weights:
+                yield stored
+                continue
+            for part, (codes, _) in zip(stored.parts, parts_of(self.weights[layer.name]), strict=True):
+                yield replace(part, grid=codes.grid)

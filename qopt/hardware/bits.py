@@ -20,14 +20,13 @@ class BitsModel:
     name: str = "bits"
 
     def capabilities(self, layer: LayerDescription, formats: Sequence[WeightSpec]) -> tuple[WeightSpec, ...]:
-        """Every format can be stored."""
-        del layer
-        return tuple(formats)
+        """Every format can be stored; one with rows, where the layer has as many output channels."""
+        return tuple(spec for spec in formats if not spec.rows or spec.channels == layer.channels)
 
     def layer_cost(self, layer: LayerDescription, spec: WeightSpec) -> Mapping[str, float]:
         """Code bits and bytes (codes and scales) of one layer."""
         stored = Stored(layer.weights, layer.channels, spec)
-        return {"code_bits": float(layer.weights * spec.container_bits), "bytes": float(stored.bytes)}
+        return {"code_bits": float(stored.code_bits), "bytes": float(stored.bytes)}
 
     def network_cost(self, layers: Sequence[LayerDescription], specs: Mapping[str, WeightSpec]) -> Mapping[str, float]:
         """The two measures of size and the bytes of all weights, shared tables included."""

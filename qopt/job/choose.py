@@ -9,15 +9,17 @@ from typing import final
 
 from qopt.config import Options
 from qopt.errors import InfeasibleError
+from qopt.job.row_formats import row_choices
 from qopt.job.run import Run
-from qopt.job.select import select
-from qopt.job.space import build_space
+from qopt.job.select import Entry, select
+from qopt.job.space import build_space, capable
 from qopt.lipschitz import NormBound
 from qopt.measure.norms import code_norms
 from qopt.plan import Plan, uniform
 from qopt.plugins import load
 from qopt.quantize import Applied
 from qopt.report.model import EvaluatedPlan, SearchFacts
+from qopt.search.rows import RowChoices, allocate_rows
 from qopt.search.space import Outcome, Space, Strategy
 from qopt.search.thresholds import Filtered, Thresholds, apply_thresholds
 from qopt.search.uniform import UniformSearch
@@ -103,28 +105,51 @@ def _filter(run: Run, space: Space) -> Filtered:
     return filtered
 
 
-def _plans(run: Run, strategy: Strategy, space: Space, filtered: Filtered, outcome: Outcome) -> list[tuple[str, Plan]]:
+def _plans(run: Run, strategy: Strategy, space: Space, filtered: Filtered, outcome: Outcome) -> list[Entry]:
     """The plans that are measured, the searched one first.
 
     Additive sensitivities mislead where bits are few, and a plan well below the limit can be the better one: unless the
-    effort is ``fast``, the search also runs under tightened limits; at ``max`` the uniform plan joins.
+    effort is ``fast``, the search also runs under tightened limits and over rows; at ``max`` the uniform plan joins.
     """
     activations = run.target.activations if run.data is not None else FLOAT_ACTIVATION
     data = "" if run.data is None else run.data.digest
     base = uniform(activations=activations, model=run.prepared.digest, data=data)
-    found = {strategy.name: outcome}
-    if run.data is not None and strategy.name == "greedy" and run.options.effort != "fast":
-        found |= _tightened(run, strategy, space)
-        if run.options.effort == "max":
+    found = {} if run.options.rows == "on" else {strategy.name: outcome}
+    if run.data is not None and strategy.name == "greedy":
+        if run.options.effort != "fast" and found:
+            found |= _tightened(run, strategy, space)
+        if _allows_rows(run):
+            rows = allocate_rows(*_row_space(run, space, filtered))
+            found["rows" if any(spec.rows for spec in rows.specs.values()) else "second order"] = rows
+        if run.options.effort == "max" and run.options.rows != "on":
             with suppress(InfeasibleError):
                 found["uniform"] = UniformSearch()(filtered.space)
-    plans: dict[tuple[WeightSpec, ...], tuple[str, Plan]] = {}
+    plans: dict[tuple[WeightSpec, ...], Entry] = {}
     for name, one in found.items():
         weights = {layer: str(spec) for layer, spec in one.specs.items()}
-        plans.setdefault(
-            tuple(one.specs.values()), (name, base.with_changes(weights=weights, reasons=one.reasons))
-        )  # fmt: skip
+        plan = base.with_changes(weights=weights, reasons=one.reasons)
+        plans.setdefault(tuple(one.specs.values()), Entry(name, plan, name in ("rows", "second order")))
     return list(plans.values())
+
+
+def _allows_rows(run: Run) -> bool:
+    options = run.options
+    measured = options.effort != "fast" and options.rounding != "nearest" and options.thresholds == "auto"
+    return options.rows == "on" or (options.rows == "auto" and measured)
+
+
+def _row_space(run: Run, space: Space, filtered: Filtered) -> tuple[Space, dict[str, RowChoices]]:
+    """The layers and what their rows choose from: what the thresholds leave where the user asked for thresholds.
+
+    By default they do not filter rows: a row that the network hardly uses may be as coarse as it likes. Targets with
+    less than 4 bits offer rows 1 bit too, which suits just those.
+    """
+    if run.options.thresholds != "auto":
+        kept = {layer.layer: tuple(c.spec for c in layer.candidates) for layer in filtered.space.layers}
+        return filtered.space, row_choices(run, kept)
+    widths = {spec.container_bits for spec in run.target.weights}
+    binary = (WeightSpec("int", 1),) if min(widths) < 4 else ()
+    return space, row_choices(run, capable(run, tuple(dict.fromkeys((*binary, *run.target.weights)))))
 
 
 def _tightened(run: Run, strategy: Strategy, space: Space) -> dict[str, Outcome]:

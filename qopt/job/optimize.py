@@ -29,7 +29,7 @@ from qopt.job.rows import Table
 from qopt.job.run import Progress, Run
 from qopt.measure.network import Normalisation
 from qopt.plan import Plan
-from qopt.quantize import Quantizer, whole_batches
+from qopt.quantize import ROUNDINGS, Quantizer, whole_batches
 from qopt.runtime.latency import measure_latency
 from qopt.spec import ActivationSpec
 from qopt.threat import ThreatModel, default_threat
@@ -171,7 +171,8 @@ def _check_needs_no_data(options: Options) -> None:
         "--thresholds": ("weighted thresholds weigh by the inputs of layers", options.thresholds == "weighted"),
         "--calibration": ("adversarial images are made of images", options.calibration not in ("auto", "clean")),
         "--bias-correction": ("bias correction needs images", options.bias_correction == "on"),
-        "--rounding": ("GPTQ needs images", options.rounding == "gptq"),
+        "--rows": ("formats per output channel are weighed by the inputs of layers", options.rows == "on"),
+        "--rounding": (f"{ROUNDINGS.get(options.rounding)} needs images", options.rounding in ROUNDINGS),
     }
     for option, (what, asked) in needs.items():
         if asked:

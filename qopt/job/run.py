@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qopt.attacks import PGD
+from qopt.attacks import PGD, predict
 from qopt.cache import Cache, digest_arrays
 from qopt.config import Options
 from qopt.data import Data, Split
@@ -63,6 +63,7 @@ class Run:
     left_out: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     _adversarial: dict[str, Tensor] = field(default_factory=dict)
+    _withstood: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def normalisation(self) -> Normalisation:
@@ -87,6 +88,13 @@ class Run:
         if part not in self._adversarial:
             self._adversarial[part] = self.attacked(split.first(self.options.probe_images), self.seed("probe", part))
         return self._adversarial[part]
+
+    def withstood(self, part: str, split: Split) -> Tensor:
+        """Which of the first images of a part the float network gets right in their `adversarial` form: bool (n,)."""
+        if part not in self._withstood:
+            labels = torch.from_numpy(split.first(self.options.probe_images).labels)
+            self._withstood[part] = predict(self.float_twin, self.adversarial(part, split)).argmax(1) == labels
+        return self._withstood[part]
 
     def attacked(self, few: Split, seed: int) -> Tensor:
         """Examples that PGD makes on the float network from all images of ``few``, all steps taken; cached on disk."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qopt.cache import digest_arrays
+from qopt.data import Split
 from qopt.graph.model import Layer
 from qopt.hardware.cost_model import CostModel, LayerDescription
 from qopt.job.run import Run
@@ -39,30 +40,41 @@ def build_space(run: Run, formats: tuple[WeightSpec, ...], *, measured: bool) ->
     With ``measured`` and data, sensitivities are KL divergences of one layer quantized at a time; without data they
     are squared relative errors of the weights.
     """
-    models = [load("qopt.cost_models", name, "--target")() for name in run.target.cost_models]
-    candidates = {layer.name: _capable(layer, formats, models) for layer in run.prepared.layers}
+    candidates = capable(run, formats)
     roots = _moment_roots(run) if measured and run.data is not None else {}
     sensitivities = _sensitivities(run, candidates) if measured and run.data is not None else {}
     run.progress("norms of every candidate")
     layers = tuple(
-        _layer_space(run, layer, candidates[layer.name], models, roots, sensitivities)
+        _layer_space(run, layer, candidates[layer.name], roots, sensitivities)
         for layer in run.prepared.layers
     )  # fmt: skip
     return Space(layers, run.target.limits)
 
 
-def _capable(layer: Layer, formats: tuple[WeightSpec, ...], models: list[CostModel]) -> tuple[WeightSpec, ...]:
-    kept = formats
-    for model in models:
-        kept = model.capabilities(describe(layer), kept)
-    return kept
+def capable(run: Run, formats: tuple[WeightSpec, ...]) -> dict[str, tuple[WeightSpec, ...]]:
+    """Layer to those of ``formats`` that every cost model of the target takes there."""
+    found = {}
+    for layer in run.prepared.layers:
+        kept = formats
+        for model in _models(run):
+            kept = model.capabilities(describe(layer), kept)
+        found[layer.name] = kept
+    return found
+
+
+def price(run: Run, layer: Layer, spec: WeightSpec) -> dict[str, float]:
+    """All that the cost models of the target ask for a layer in a format."""
+    return {k: v for model in _models(run) for k, v in model.layer_cost(describe(layer), spec).items()}
+
+
+def _models(run: Run) -> list[CostModel]:
+    return [load("qopt.cost_models", name, "--target")() for name in run.target.cost_models]
 
 
 def _layer_space(
     run: Run,
     layer: Layer,
     formats: tuple[WeightSpec, ...],
-    models: list[CostModel],
     roots: Mapping[str, Tensor],
     sensitivities: Sensitivities,
 ) -> LayerSpace:
@@ -70,13 +82,13 @@ def _layer_space(
     candidates = []
     for spec in formats:
         norm_q, error, row_error = candidate_norms(run.quantizer, layer, spec, run.cache)
-        price = {k: v for model in models for k, v in model.layer_cost(describe(layer), spec).items()}
+        cost = price(run, layer, spec)
         relative = error.value / norm.value if norm.value > 0 else 0.0
         candidates.append(
             Candidate(
                 spec=spec,
-                code_bits=price["code_bits"],
-                bytes=int(price["bytes"]),
+                code_bits=cost["code_bits"],
+                bytes=int(cost["bytes"]),
                 norm=norm_q,
                 error=error,
                 row_error=row_error,
@@ -89,16 +101,25 @@ def _layer_space(
 
 def probe_images(run: Run, part: str) -> tuple[Tensor, Tensor | None]:
     """The first images of a part, clean, and with ``robust`` the adversarial ones made from them."""
-    assert run.data is not None
-    split = run.data.calibrate if part == "calibrate" else run.data.select
+    split = _split(run, part)
     clean = torch.from_numpy(split.first(run.options.probe_images).images)
     return clean, run.adversarial(part, split) if run.options.robust else None
+
+
+def withstood(run: Run, part: str) -> Tensor:
+    """Which of the adversarial `probe_images` the float network gets right, bool (n,): no plan can keep the others."""
+    return run.withstood(part, _split(run, part))
+
+
+def _split(run: Run, part: str) -> Split:
+    assert run.data is not None
+    return run.data.calibrate if part == "calibrate" else run.data.select
 
 
 def _sensitivities(run: Run, candidates: Mapping[str, tuple[WeightSpec, ...]]) -> Sensitivities:
     run.progress("sensitivity of every layer and format")
     clean, adversarial = probe_images(run, "calibrate")
-    images = clean if adversarial is None else adversarial
+    images = clean if adversarial is None else _hardest(clean, adversarial, withstood(run, "calibrate"))
     pairs = [(name, spec) for name, specs in candidates.items() for spec in specs]
     key = {
         "model": run.prepared.digest, "images": digest_arrays(images.numpy()), "pairs": [[n, str(s)] for n, s in pairs],
@@ -114,12 +135,22 @@ def _sensitivities(run: Run, candidates: Mapping[str, tuple[WeightSpec, ...]]) -
     return {pair: float(value) for pair, value in zip(pairs, values, strict=True)}
 
 
+def _hardest(clean: Tensor, adversarial: Tensor, held: Tensor) -> Tensor:
+    """Every image as hard as the float network withstands it: what a plan can keep, and only that, is to be kept."""
+    return torch.where(held.view(-1, *[1] * (clean.ndim - 1)), adversarial, clean)
+
+
+def moment_images(run: Run) -> Tensor:
+    """The images on which input moments are observed, clean and adversarial alike; in [0, 1]."""
+    clean, adversarial = probe_images(run, "calibrate")
+    parts = [clean[:MOMENT_IMAGES]] + ([] if adversarial is None else [adversarial[:MOMENT_IMAGES]])
+    return torch.cat(parts)
+
+
 def _moment_roots(run: Run) -> dict[str, Tensor]:
     """Roots of the second moments of every layer's inputs, over clean and adversarial images alike."""
     run.progress("second moments of layer inputs")
-    clean, adversarial = probe_images(run, "calibrate")
-    parts = [clean[:MOMENT_IMAGES]] + ([] if adversarial is None else [adversarial[:MOMENT_IMAGES]])
-    images = run.normalisation(torch.cat(parts))
+    images = run.normalisation(moment_images(run))
     observe = ObserveMoments(whole_batches(images, run.prepared.batch), run.prepared.batch or 32)
     Pipeline((observe,), run.quantizer.sample)(run.quantizer.float_graph)
     return {layer: moment_root(moment) for layer, moment in observe.moments.items()}

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from qopt.attacks import predict
 from qopt.measure.network import ArtefactClassifier, TwinClassifier
-from qopt.passes.nodes import constant_of, is_layer, weight_source
+from qopt.measure.sensitivity import version_logits
 from qopt.quantize import Quantizer
 from qopt.spec import WeightSpec
 
@@ -40,14 +40,12 @@ class Probe:
 
     def divergence(self, model: TwinClassifier | ArtefactClassifier) -> float:
         """Mean over images of ``KL(float || quantized)`` in nats, in [0, LIMIT]."""
-        found = log_probabilities(model, self.images)
-        mean = functional.kl_div(found, self.reference, reduction="none", log_target=True).sum(1).mean()
-        return min(max(float(mean), 0.0), LIMIT)
+        return _mean(_divergences(log_probabilities(model, self.images), self.reference))
 
 
 def log_probabilities(model: TwinClassifier | ArtefactClassifier, images: Tensor) -> Tensor:
     """float64 (n, classes); in float32, rounding alone would move a network by 1e-7 nats, as much as 8-bit weights."""
-    return functional.log_softmax(predict(model, images).double(), 1)
+    return _normalised(predict(model, images))
 
 
 def layer_sensitivities(
@@ -55,24 +53,27 @@ def layer_sensitivities(
 ) -> dict[tuple[str, WeightSpec], float]:
     """Divergence caused by quantizing one layer alone, for every layer and each of its candidates.
 
-    ``model`` is the float network over a private copy of `Quantizer.float_graph`: its weights are replaced one at a
-    time and put back, also where a measurement raises.
+    ``model`` is the float network, over `Quantizer.float_graph` or a copy of it; it stays as it is.
     """
-    nodes = {node.meta["layer"]: node for node in model.graph.graph.nodes if is_layer(node)}
-    result: dict[tuple[str, WeightSpec], float] = {}
-    for layer in quantizer.prepared.layers:
-        weight = constant_of(model.graph, weight_source(nodes[layer.name]))
-        for spec in candidates[layer.name]:
-            with _replaced(weight, quantizer.quantized_weight(layer, spec).dequantize()):
-                result[layer.name, spec] = probe.divergence(model)
-    return result
+    layers = {layer.name: layer for layer in quantizer.prepared.layers}
+    found: dict[tuple[str, WeightSpec], list[Tensor]] = {(name, s): [] for name in layers for s in candidates[name]}
+
+    def versions(name: str) -> Iterator[Tensor]:
+        return (quantizer.quantized_weight(layers[name], spec).dequantize() for spec in candidates[name])
+
+    for layer, number, start, logits in version_logits(model, probe.images, versions):
+        reference = probe.reference[start : start + len(logits)]
+        found[layer, candidates[layer][number]].append(_divergences(_normalised(logits), reference))
+    return {pair: _mean(torch.cat(parts)) for pair, parts in found.items()}
 
 
-@contextmanager
-def _replaced(weight: Tensor, values: Tensor) -> Iterator[None]:
-    kept = weight.clone()
-    weight.copy_(values)
-    try:
-        yield
-    finally:
-        weight.copy_(kept)
+def _normalised(logits: Tensor) -> Tensor:
+    return functional.log_softmax(logits.double(), 1)
+
+
+def _divergences(found: Tensor, reference: Tensor) -> Tensor:
+    return functional.kl_div(found, reference, reduction="none", log_target=True).sum(1)
+
+
+def _mean(divergences: Tensor) -> float:
+    return min(max(float(divergences.mean()), 0.0), LIMIT)

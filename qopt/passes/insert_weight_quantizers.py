@@ -13,14 +13,14 @@ from torch.fx import GraphModule, Node
 from qopt.errors import VerificationError
 from qopt.passes.base import Result
 from qopt.passes.nodes import free_name, weight_source
-from qopt.quant import QuantizedWeight
+from qopt.quant import AnyWeight
 
 
 @final
 class WeightQuantizer(nn.Module):
     """Holds the codes; ``forward`` gives the float32 weight that the emitted file computes."""
 
-    def __init__(self, weight: QuantizedWeight) -> None:
+    def __init__(self, weight: AnyWeight) -> None:
         super().__init__()
         self.weight = weight
 
@@ -34,7 +34,7 @@ class WeightQuantizer(nn.Module):
 class InsertWeightQuantizers:
     """Give every layer in ``weights`` a `WeightQuantizer`; layers without an entry stay float."""
 
-    weights: Mapping[str, QuantizedWeight]
+    weights: Mapping[str, AnyWeight]
 
     name: ClassVar[str] = "insert-weight-quantizers"
     tolerance: ClassVar[float] = math.inf
@@ -60,7 +60,7 @@ class InsertWeightQuantizers:
         return Result(graph, bool(modules), (f"{len(modules)} weights quantized",) if modules else ())
 
 
-def _insert(graph: GraphModule, node: Node, layer: str, weight: QuantizedWeight, modules: dict[str, str]) -> None:
+def _insert(graph: GraphModule, node: Node, layer: str, weight: AnyWeight, modules: dict[str, str]) -> None:
     source = weight_source(node)
     if layer not in modules:
         modules[layer] = free_name(graph, f"{source.name}_quantizer")

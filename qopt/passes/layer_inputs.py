@@ -18,6 +18,9 @@ MAX_COLUMNS = 4608
 PATCHES = 1 << 20
 """Inputs unfolded at a time, 4 MB: all patches of a batch would take gigabytes."""
 
+BLOCK = 96
+"""Columns of a symmetric product that are computed at a time, at least; narrower blocks cost more than they save."""
+
 
 def has_rows(node: Node, args: Sequence[Any]) -> bool:
     """Whether `input_rows` takes a layer's call: no ConvTranspose, and no row longer than MAX_COLUMNS."""
@@ -44,11 +47,13 @@ def input_rows(node: Node, args: Sequence[Any]) -> Iterator[Tensor]:
         x, weight = x.unsqueeze(2), weight.unsqueeze(2)
         stride, before, after, dilation = (1, *stride), (0, *before), (0, *after), (1, *dilation)
     x = functional.pad(x, (before[1], after[1], before[0], after[0]))
+    height, width = weight.shape[2:]
     area = weight[0, 0].numel() * x[0].numel() // (stride[0] * stride[1])
     for images in torch.split(x, max(1, PATCHES // max(area, 1))):
-        patches = functional.unfold(images, weight.shape[2:], dilation, 0, stride)
-        blocks = patches.reshape(len(images), groups, -1, patches.shape[2])
-        yield blocks.permute(1, 0, 3, 2).flatten(1, 2)
+        windows = images.unfold(2, dilation[0] * (height - 1) + 1, stride[0])
+        windows = windows.unfold(3, dilation[1] * (width - 1) + 1, stride[1])[..., :: dilation[0], :: dilation[1]]
+        # positions last: the one copy of all patches then moves whole lines of the image
+        yield windows.permute(1, 4, 5, 0, 2, 3).reshape(groups, weight[0].numel(), -1).mT
 
 
 @final
@@ -66,9 +71,23 @@ class InputMoment:
             groups, _, columns = rows.shape
             self._products = torch.zeros(groups, columns, columns, dtype=torch.float64)
         self.count += rows.shape[1]
-        self._products += left.mT @ rows
-        self._right = self._right + rows.sum(1, dtype=torch.float64)
-        self._left = self._left + left.sum(1, dtype=torch.float64)
+        if left is rows:
+            self._add_squares(rows)
+        else:
+            self._products += left.mT @ rows
+        total = rows.sum(1, dtype=torch.float64)
+        self._right = self._right + total
+        self._left = self._left + (total if left is rows else left.sum(1, dtype=torch.float64))
+
+    def _add_squares(self, rows: Tensor) -> None:
+        """Add ``u u^T``, block by block from the diagonal on, as it is symmetric."""
+        columns = rows.shape[2]
+        width = max(BLOCK, columns // 8)
+        for start in range(0, columns, width):
+            end = start + width
+            block = rows[..., start:end].mT @ rows[..., start:]
+            self._products[:, start:end, start:] += block
+            self._products[:, end:, start:end] += block[..., width:].mT
 
     @property
     def moment(self) -> Tensor:

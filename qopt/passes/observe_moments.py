@@ -23,12 +23,14 @@ class ObserveMoments:
     Attributes:
         images: float32 (n, ...), as the network takes them; whole batches where the graph takes one batch size only.
         batch_size: images per run.
+        centred: observe covariances, what is left where a bias absorbs the mean.
         moments: layer name to C, float64 (groups, columns, columns); filled by the pass. Transposed convolutions, and
             layers with rows over `MAX_COLUMNS`, are absent. A layer with several uses is averaged over all of them.
     """
 
     images: Tensor
     batch_size: int = 32
+    centred: bool = False
     moments: dict[str, Tensor] = field(default_factory=dict)
 
     name: ClassVar[str] = "observe-moments"
@@ -39,7 +41,9 @@ class ObserveMoments:
         watcher = _Moments(graph)
         with torch.no_grad():
             watcher.watch(self.images, self.batch_size)
-        self.moments.update({layer: found.moment for layer, found in watcher.found.items()})
+        self.moments.update(
+            {layer: found.covariance if self.centred else found.moment for layer, found in watcher.found.items()}
+        )
         return Result(graph, False, (f"input moments of {len(self.moments)} layers observed",))
 
 

@@ -18,7 +18,7 @@ from qopt.passes.insert_weight_quantizers import WeightQuantizer
 from qopt.passes.layer_inputs import InputMoment, has_rows, input_rows
 from qopt.passes.nodes import constant_of, is_layer, weight_source
 from qopt.passes.watcher import Watcher
-from qopt.quant import QuantizedWeight
+from qopt.quant import AnyWeight
 from qopt.quant.gptq import Order, gptq
 from qopt.quant.retarget import retargeted
 
@@ -58,7 +58,7 @@ class RoundGPTQ:
     centred: bool = True
     target: Target = "float"
     ridge: float = 0.3
-    weights: dict[str, QuantizedWeight] = field(default_factory=dict)
+    weights: dict[str, AnyWeight] = field(default_factory=dict)
     biases: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
     name: ClassVar[str] = "round-gptq"
@@ -122,7 +122,7 @@ class _Rounder(BiasCorrector):
         super().__init__(graph, batches, self._reference.means)
         self._options = options
         self._later = _later_uses(graph, options)
-        self.codes: dict[str, QuantizedWeight] = {}
+        self.codes: dict[str, AnyWeight] = {}
         self.kept: list[str] = []
 
     def before(self, node: Node) -> None:
@@ -207,8 +207,8 @@ def _average(moments: Sequence[InputMoment], centred: bool) -> Tensor:
 
 
 def _codes(
-    weight: Tensor, like: QuantizedWeight, moments: tuple[Tensor, Tensor | None], options: RoundGPTQ, layer: str
-) -> QuantizedWeight:
+    weight: Tensor, like: AnyWeight, moments: tuple[Tensor, Tensor | None], options: RoundGPTQ, layer: str
+) -> AnyWeight:
     moment, cross = moments
     if not all(bool(m.isfinite().all()) for m in moments if m is not None):
         raise DataError("inputs that are not finite", where=layer, fix="check the model and its data")

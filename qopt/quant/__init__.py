@@ -10,14 +10,17 @@ from qopt.quant.packing import pack, powers, unpack
 from qopt.quant.quantized import QuantizedWeight
 from qopt.quant.quantizer import Quantizer, Rows
 from qopt.quant.ranges import calibrated_bounds
-from qopt.quant.weights import quantize_weight
+from qopt.quant.rows import AnyWeight, QuantizedRows, parts_of, with_parts
+from qopt.quant.weights import quantize_weight, quantize_whole
 
 __all__ = [
     "GRADIENTS",
     "ActivationQuantizer",
     "AffineRange",
+    "AnyWeight",
     "Codebook",
     "Gradient",
+    "QuantizedRows",
     "QuantizedWeight",
     "Quantizer",
     "RangeObserver",
@@ -26,7 +29,10 @@ __all__ = [
     "codebook",
     "corrected_bias",
     "pack",
+    "parts_of",
     "powers",
     "quantize_weight",
+    "quantize_whole",
     "unpack",
+    "with_parts",
 ]

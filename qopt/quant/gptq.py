@@ -4,6 +4,8 @@ The error of codes is ``E ||(W - Wq) u||^2 = tr(dW H dW^T)``, H the second momen
 paper's Hessian), or their covariance where a bias absorbs the mean. Columns are rounded one after the other, and those
 not yet rounded make up for the error as well as they can: with ``H^-1 = U^T U`` (U upper triangular) an error e in
 column j moves the later ones by ``-e U[j, j+1:] / U[j, j]``. Everything is float64.
+
+Rows know nothing of each other, so that each has its own levels: those of its format.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qopt.errors import UsageError
-from qopt.quant.quantized import QuantizedWeight
+from qopt.quant.rows import AnyWeight, Weight, parts_of, with_parts
 
 Order = Literal["activation", "stored"]
 
@@ -34,13 +36,13 @@ REFINEMENTS = 2
 
 def gptq(
     weight: Tensor,
-    like: QuantizedWeight,
+    like: Weight,
     moment: Tensor,
     *,
     damping: float = 0.01,
     order: Order = "activation",
     scale_search: bool = True,
-) -> QuantizedWeight:
+) -> Weight:
     """Codes of ``weight`` in the format of ``like`` that keep what the layer computes.
 
     Every output channel comes out no worse in ``dW H dW^T`` than in ``like``, whose codes stay where nothing is better
@@ -48,8 +50,8 @@ def gptq(
     come out so, and channels of zeros stay as they are.
 
     Args:
-        weight: the target, float, shape of ``like.codes``; row by row what meets one vector of inputs.
-        like: the same weight rounded in any way: format, levels and the scale to start from.
+        weight: the target, float, shape of ``like``; row by row what meets one vector of inputs.
+        like: the same weight rounded in any way: format or formats, levels and the scales to start from.
         moment: H, (groups, columns, columns), symmetric positive semidefinite; groups split the output channels.
         damping: added to the diagonal of H, in parts of its mean; raised tenfold until the matrix can be inverted.
         order: ``activation`` rounds the columns of largest diagonal first, ``stored`` in the order of the weight.
@@ -73,13 +75,11 @@ def gptq(
     return problem.assemble(best, like)
 
 
-def _check(weight: Tensor, like: QuantizedWeight, moment: Tensor, damping: float) -> None:
-    groups, channels = moment.shape[0] if moment.ndim == 3 else 0, like.codes.shape[like.axis]
-    columns = like.codes.numel() // channels
-    if weight.shape != like.codes.shape:
-        raise UsageError(
-            "codes of another weight", expected=str(tuple(weight.shape)), got=str(tuple(like.codes.shape))
-        )  # fmt: skip
+def _check(weight: Tensor, like: AnyWeight, moment: Tensor, damping: float) -> None:
+    groups, channels = moment.shape[0] if moment.ndim == 3 else 0, like.shape[like.axis]
+    columns = like.shape.numel() // channels
+    if weight.shape != like.shape:
+        raise UsageError("codes of another weight", expected=str(tuple(weight.shape)), got=str(tuple(like.shape)))
     if not groups or channels % groups or tuple(moment.shape[1:]) != (columns, columns):
         raise UsageError(
             "a moment that does not fit the weight", expected=f"(groups, {columns}, {columns}) for {channels} channels",
@@ -94,7 +94,7 @@ def _check(weight: Tensor, like: QuantizedWeight, moment: Tensor, damping: float
 @final
 @dataclass(frozen=True, eq=False)
 class _Codes:
-    index: Tensor  # int16 (groups, rows, columns), into the levels
+    index: Tensor  # int16 (groups, rows, columns), into the levels of the row
     scale: Tensor  # float64 (groups, rows), float32 numbers
     error: Tensor  # float64 (groups, rows), dW H dW^T of what the file computes
 
@@ -106,35 +106,45 @@ class _Problem:
     hessian: Tensor  # float64 (groups, columns, columns)
     order: Tensor  # (groups, columns), the column rounded at each step
     factor: Tensor  # float64 (groups, columns, columns): U of the damped matrix in that order
-    levels: Tensor  # float64 (n,)
-    codes: Tensor  # (n,)
+    levels: Tensor  # float64 (groups, rows, n), ascending, as many infinite ones at the end as a row has fewer
     shared: bool  # one scale for all rows
 
     @staticmethod
-    def of(weight: Tensor, like: QuantizedWeight, moment: Tensor, damping: float, order: Order) -> _Problem:
+    def of(weight: Tensor, like: AnyWeight, moment: Tensor, damping: float, order: Order) -> _Problem:
         hessian = moment.to(torch.float64)
         target = as_rows(weight.to(torch.float64), like.axis, len(hessian))
         steps, factor = _inverse_factor(hessian, damping, order)
-        return _Problem(target, hessian, steps, factor, *like.levels(), like.spec.granularity == "tensor")
+        found = [(part.levels()[0], members) for part, members in parts_of(like)]
+        most = max(len(multiples) for multiples, _ in found)
+        levels = torch.full((like.shape[like.axis], most), torch.inf, dtype=torch.float64)
+        for multiples, members in found:
+            levels[members, : len(multiples)] = multiples
+        return _Problem(
+            target, hessian, steps, factor, as_rows(levels, 0, len(hessian)), like.spec.granularity == "tensor"
+        )  # fmt: skip
 
-    def given(self, like: QuantizedWeight) -> _Codes:
+    def given(self, like: AnyWeight) -> _Codes:
         """What ``like`` holds."""
-        position = torch.zeros(256, dtype=torch.int16)
-        position[self.codes.long()] = torch.arange(len(self.codes), dtype=torch.int16)
-        index = position[as_rows(like.codes, like.axis, len(self.hessian)).long()]
-        scale = like.scale.to(torch.float64).expand(index.shape[0] * index.shape[1]).reshape(index.shape[:2])
-        return self._judged(index, scale)
+        groups, rows, columns = self.target.shape
+        index = torch.empty(groups * rows, columns, dtype=torch.int16)
+        for part, members in parts_of(like):
+            codes = part.levels()[1]
+            position = torch.zeros(256, dtype=torch.int16)
+            position[codes.long()] = torch.arange(len(codes), dtype=torch.int16)
+            index[members] = position[as_rows(part.codes, part.axis, 1)[0].long()]
+        scale = like.scale.to(torch.float64).expand(groups * rows).reshape(groups, rows)
+        return self._judged(index.reshape(self.target.shape), scale)
 
     def rounded(self, scale: Tensor) -> _Codes:
         """Codes by compensated rounding under scales (groups, rows)."""
         scale = _storable(scale)
         rows = max(1, ELEMENTS // (self.target.shape[0] * self.target.shape[2]))
-        parts = zip(torch.split(self.target, rows, 1), torch.split(scale, rows, 1), strict=True)
+        parts = zip(*(torch.split(tensor, rows, 1) for tensor in (self.target, scale, self.levels)), strict=True)
         return self._judged(torch.cat([self._compensated(*part) for part in parts], 1), scale)
 
     def rescaled(self, codes: _Codes) -> _Codes:
         """The same codes under their best scale, ``u H w / u H u`` for multiples u; unused where it would be zero."""
-        multiples = self.levels[codes.index.long()]
+        multiples = self.levels.gather(2, codes.index.long())
         seen = multiples @ self.hessian
         gain, norm = (seen * self.target).sum(2), (seen * multiples).sum(2)
         if self.shared:
@@ -153,33 +163,36 @@ class _Problem:
             torch.where(wins, other.error, one.error),
         )
 
-    def assemble(self, found: _Codes, like: QuantizedWeight) -> QuantizedWeight:
+    def assemble(self, found: _Codes, like: Weight) -> Weight:
         """The codes in the orientation of ``like``."""
-        scale = found.scale.to(torch.float32).reshape(-1)
-        codes = as_stored(self.codes[found.index.long()], like.codes.shape, like.axis)
-        return replace(like, codes=codes, scale=scale[0] if self.shared else scale)
+        index, scale = found.index.flatten(0, 1), found.scale.to(torch.float32).reshape(-1)
+        parts = []
+        for part, members in parts_of(like):
+            codes = as_stored(part.levels()[1][index[members].long()], part.shape, part.axis)
+            parts.append(replace(part, codes=codes, scale=scale[0] if self.shared else scale[members]))
+        return with_parts(like, parts)
 
     def _judged(self, index: Tensor, scale: Tensor) -> _Codes:
-        values = self.levels[index.long()].to(torch.float32) * scale.to(torch.float32)[:, :, None]
+        values = self.levels.gather(2, index.long()).to(torch.float32) * scale.to(torch.float32)[:, :, None]
         difference = self.target - values
         error = ((difference @ self.hessian) * difference).sum(2)
         return _Codes(index, scale, error)
 
-    def _compensated(self, target: Tensor, scale: Tensor) -> Tensor:
+    def _compensated(self, target: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
         """The indices of the levels that the algorithm takes, int16, for some rows."""
         work = target.gather(2, self.order[:, None].expand_as(target)).mT.contiguous()
         index = torch.empty(work.shape, dtype=torch.int16)
         unit = torch.where(scale == 0, 1.0, scale)
-        middles = (self.levels[1:] + self.levels[:-1]) / 2
+        middles = (levels[:, :, 1:] + levels[:, :, :-1]) / 2
         for start in range(0, work.shape[1], BLOCK):
             block = work[:, start : start + BLOCK]
             factor = self.factor[:, start : start + BLOCK, start:]
             errors = torch.empty_like(block)
             for j in range(block.shape[1]):
-                nearest = torch.bucketize(block[:, j] / unit, middles)
-                errors[:, j] = (block[:, j] - self.levels[nearest] * scale) / factor[:, j, j, None]
+                nearest = torch.searchsorted(middles, (block[:, j] / unit)[:, :, None])
+                errors[:, j] = (block[:, j] - levels.gather(2, nearest)[:, :, 0] * scale) / factor[:, j, j, None]
                 block[:, j + 1 :] -= factor[:, j, j + 1 : block.shape[1], None] * errors[:, None, j]
-                index[:, start + j] = nearest
+                index[:, start + j] = nearest[:, :, 0]
             work[:, start + BLOCK :].baddbmm_(factor[:, :, BLOCK:].mT, errors, alpha=-1)
         stored = torch.empty_like(index).scatter_(1, self.order[:, :, None].expand_as(index), index)
         return stored.mT

@@ -62,6 +62,11 @@ class QuantizedWeight:
             )  # fmt: skip
 
     @property
+    def shape(self) -> torch.Size:
+        """Shape of the weight."""
+        return self.codes.shape
+
+    @property
     def grid(self) -> Grid:
         """Which grid a linear format took; ``auto`` for formats that have no choice."""
         if self.spec.quantizer != "linear":

@@ -11,11 +11,13 @@ Cast and Mul, which folds to a plain float initializer (DequantizeLinear would s
 | indices of 4 bits | UINT4 -> Cast(INT32) -> Gather(table) |
 | up to 3 bits, ternary | UINT8 (groups, 1 or 3) -> Cast(INT32) -> digits -> Gather(table) -> Reshape |
 | indices of 8 bits | UINT8 -> Cast(INT32) -> Gather: float levels, for `float_weight` only |
+| rows of several formats | the levels of each as above -> Concat -> Gather(Cast(order)) |
 
 Digits of a group (8 of base 2, 5 of base 3, 4 of base 4; 8 of base 8 in three bytes, which Mul and ReduceSum join) are
 taken apart by Div by the powers of the base and Mod, which needs constants of some ten numbers, where a table by the
-byte would need 256 rows. What is stored are the codes, the scales and these constants, as `qopt.size` counts them;
-beside these only the shapes and axes that Reshape, Slice, ReduceSum and ConstantOfShape take (int64).
+byte would need 256 rows. What is stored are the codes, the scales, the order of rows and these constants, as
+`qopt.size` counts them; beside these only the shapes and axes that Reshape, Slice, ReduceSum and ConstantOfShape take
+(int64).
 """
 
 from __future__ import annotations
@@ -29,8 +31,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qopt.errors import VerificationError
-from qopt.quant import QuantizedWeight, pack, powers
+from qopt.quant import AnyWeight, QuantizedRows, QuantizedWeight, pack, parts_of, powers
 from qopt.runtime.values import constant
+from qopt.size import order_width
+
+_ORDER_TYPES: dict[int, type[np.integer[Any]]] = {1: np.uint8, 2: np.uint16, 4: np.int32}
 
 
 @final
@@ -49,6 +54,10 @@ class Subgraph:
     nodes: list[ir.Node] = field(default_factory=list)
     initializers: dict[str, ir.Value] = field(default_factory=dict)
     tables: dict[str, ir.Value] = field(default_factory=dict)
+
+    def within(self, label: str) -> Subgraph:
+        """A part of this subgraph, whose names begin with ``prefix/label``."""
+        return Subgraph(f"{self.prefix}/{label}", self.nodes, self.initializers, self.tables)
 
     def constant(self, label: str, array: NDArray[Any]) -> ir.Value:
         """A new initializer ``prefix/label``."""
@@ -72,13 +81,13 @@ class Subgraph:
         return node.outputs[0]
 
 
-def integer_weight(layer: str, weight: QuantizedWeight, *, zero_points: bool) -> tuple[Subgraph, ir.Value]:
+def integer_weight(layer: str, weight: AnyWeight, *, zero_points: bool) -> tuple[Subgraph, ir.Value]:
     """The weight as DequantizeLinear of int8 values, for a node whose activations are quantized.
 
     ``zero_points`` spells out the zero points, with which alone a Gemm fuses; they are computed, not stored.
     """
     graph = Subgraph(layer)
-    inputs = [_int8_levels(graph, weight), graph.constant("scale", weight.scale.numpy())]
+    inputs = [_levels(graph, weight), graph.constant("scale", weight.scale.numpy())]
     if zero_points:
         shape = graph.constant("channels", np.array(tuple(weight.scale.shape), np.int64))
         zero = ir.tensor(np.zeros(1, np.int8))
@@ -87,24 +96,39 @@ def integer_weight(layer: str, weight: QuantizedWeight, *, zero_points: bool) ->
     return graph, graph.node("DequantizeLinear", inputs, "dequantized", **axis)
 
 
-def float_weight(layer: str, weight: QuantizedWeight) -> tuple[Subgraph, ir.Value]:
+def float_weight(layer: str, weight: AnyWeight) -> tuple[Subgraph, ir.Value]:
     """The weight as float levels times the scale, for a node with float activations."""
     graph = Subgraph(layer)
-    if has_integer_levels(weight):
-        source = _int8_levels(graph, weight, cast=False)
-        levels = graph.node("Cast", [source], "floats", to=ir.DataType.FLOAT)
-    else:
+    if isinstance(weight, QuantizedWeight) and not has_integer_levels(weight):
         levels = _float_levels(graph, weight)
-    shape = [1] * weight.codes.ndim
+    else:
+        levels = graph.node("Cast", [_levels(graph, weight, cast=False)], "floats", to=ir.DataType.FLOAT)
+    shape = [1] * len(weight.shape)
     if weight.scale.ndim:
         shape[weight.axis] = -1
     scale = graph.constant("scale", weight.scale.numpy().reshape(shape))
     return graph, graph.node("Mul", [levels, scale], "dequantized")
 
 
-def has_integer_levels(weight: QuantizedWeight) -> bool:
+def has_integer_levels(weight: AnyWeight) -> bool:
     """Whether every level fits an int8 multiplier of the scale, so that an integer kernel can take the weight."""
-    return weight.table is None or not weight.table.is_floating_point()
+    return all(part.table is None or not part.table.is_floating_point() for part, _ in parts_of(weight))
+
+
+def _levels(graph: Subgraph, weight: AnyWeight, *, cast: bool = True) -> ir.Value:
+    """The int8 levels of a weight, its channels in place; ``cast`` as `_int8_levels` takes it."""
+    if not isinstance(weight, QuantizedRows):
+        return _int8_levels(graph, weight, cast=cast)
+    if len(weight.parts) == 1:
+        return _int8_levels(graph, weight.parts[0], cast=cast)
+    levels = [_int8_levels(graph.within(f"rows_{i}"), part) for i, part in enumerate(weight.parts, 1)]
+    joined = graph.node("Concat", levels, "joined", axis=weight.axis)
+    order = weight.order.numpy()
+    if np.array_equal(order, np.arange(len(order))):
+        return joined
+    stored = graph.constant("order", order.astype(_ORDER_TYPES[order_width(len(order))]))
+    index = graph.node("Cast", [stored], "positions", to=ir.DataType.INT32)
+    return graph.node("Gather", [joined, index], "ordered", axis=weight.axis)
 
 
 def _int8_levels(graph: Subgraph, weight: QuantizedWeight, *, cast: bool = True) -> ir.Value:

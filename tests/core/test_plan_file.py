@@ -142,7 +142,7 @@ WRONG: list[tuple[str, list[str]]] = [
     ('{"ranges": {"pool": 3}}', ["key 'ranges.pool'", "got 3"]),
     ('{"ties": ["a"]}', ["key 'ties.0'", "got 'a'"]),
     ('{"ties": [[1]]}', ["key 'ties.0.0'", "got 1"]),
-    ('{"rounding": "upwards"}', ["key 'rounding'", "'nearest' or 'gptq'", "got 'upwards'"]),
+    ('{"rounding": "upwards"}', ["key 'rounding'", "'nearest', 'gptq' or 'adaround'", "got 'upwards'"]),
     ('{"bias_correction": "yes"}', ["key 'bias_correction'", "got 'yes'"]),
     ('{"bias_correction": 1}', ["key 'bias_correction'", "got 1"]),
     ('{"model": 7}', ["key 'model'", "got 7"]),

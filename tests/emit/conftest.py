@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qopt.graph.model import Prepared
 from qopt.graph.prepare import prepare
-from qopt.quant import QuantizedWeight, quantize_weight
+from qopt.quant import quantize_weight
 from qopt.runtime.session import to_bytes
 from qopt.spec import WeightSpec
 
@@ -134,10 +134,10 @@ def one_layer() -> Callable[..., Prepared]:
 
 
 @pytest.fixture(scope="session")
-def codes_of() -> Callable[..., dict[str, QuantizedWeight]]:
+def codes_of() -> Callable[..., dict[str, Any]]:
     """Every layer of a network, or those named, in one format."""
 
-    def quantize(prepared: Prepared, spec: str, *names: str) -> dict[str, QuantizedWeight]:
+    def quantize(prepared: Prepared, spec: str, *names: str) -> dict[str, Any]:
         return {
             layer.name: quantize_weight(
                 torch.from_numpy(prepared.initializer(layer.initializer).copy()),

@@ -18,7 +18,7 @@ from qopt.emit.accumulator import LARGEST_BIAS, SMALLEST_SCALE, fit_scales, roun
 from qopt.errors import VerificationError
 from qopt.graph.model import Prepared
 from qopt.graph.quantized import Quantized
-from qopt.quant import AffineRange, quantize_weight
+from qopt.quant import AffineRange, quantize_whole
 from qopt.runtime.kernels import count_kernels
 from qopt.runtime.session import to_bytes
 from qopt.spec import WeightSpec
@@ -113,7 +113,7 @@ def test_dead_channels_keep_their_bias(
     weight = torch.from_numpy(prepared.initializer("l.weight").copy())
     dead = [0, 2] if not spec.endswith("tensor") else list(range(layer.channels))
     weight.movedim(layer.channel_axis, 0)[dead] *= size
-    weights = {"l.weight": quantize_weight(weight, WeightSpec.parse(spec), layer.channel_axis)}
+    weights = {"l.weight": quantize_whole(weight, WeightSpec.parse(spec), layer.channel_axis)}
     quantized = Quantized(weights, {}, CODES)
     integer = bool(integer_layers(prepared, quantized))
     # signs have no zero, so that no scale suits weights and bias where they are far apart
@@ -134,7 +134,7 @@ def test_an_arbitrary_scale_would_lose_the_bias(one_layer: Callable[..., Prepare
     dead = int(np.abs(bias).argmax())
     weight = torch.from_numpy(prepared.initializer("l.weight").copy())
     weight[dead] = 0
-    weights = {"l.weight": quantize_weight(weight, WeightSpec.parse("int4"), 0)}
+    weights = {"l.weight": quantize_whole(weight, WeightSpec.parse("int4"), 0)}
     assert weights["l.weight"].scale[dead] == 1
     model = emit(prepared, Quantized(weights, {}, CODES | {"x": AffineRange.from_bounds(-100, 100, 8)}))
     right = evaluate(model, {"x": images(prepared)}, "logits", "optimised").reshape(3, 6, -1)[:, dead]
@@ -158,7 +158,7 @@ def test_fitted_scales(spec: str, seed: int, per_tensor: bool, exponent: int) ->
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn((5, 7), generator=generator) * 10.0**exponent
     weight[1] = 0
-    coded = quantize_weight(weight, WeightSpec.parse(spec + (":tensor" if per_tensor else "")), 0)
+    coded = quantize_whole(weight, WeightSpec.parse(spec + (":tensor" if per_tensor else "")), 0)
     bias = torch.randn(5, generator=generator).numpy()
     code = AffineRange.from_bounds(0, 1, 8)
     smallest = smallest_scales([(bias, code)], 5)

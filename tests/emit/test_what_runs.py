@@ -18,7 +18,7 @@ from qopt.emit.additions import Additions
 from qopt.emit.float_weights import exact_codes, keep_float_weights
 from qopt.graph.model import Prepared
 from qopt.graph.quantized import Quantized
-from qopt.quant import AffineRange
+from qopt.quant import AffineRange, QuantizedWeight
 from qopt.runtime.kernels import count_kernels
 from qopt.runtime.session import to_bytes
 
@@ -122,7 +122,9 @@ def test_integer_kernels_compute_the_codes_by_hand(
     quantized = Quantized(weights, {}, {"x": source, last: target})
     pixels = images(prepared)
     part = integer_parts(prepared, quantized)["l.weight"]
-    levels = part.weight.codes if part.weight.table is None else part.weight.table[part.weight.codes.int()]
+    coded = part.weight
+    assert isinstance(coded, QuantizedWeight)
+    levels = coded.codes if coded.table is None else coded.table[coded.codes.int()]
     x = source.quantize(torch.from_numpy(pixels)).double() - source.zero_point
     w, b = levels.double(), torch.from_numpy(part.biases[0].codes).double()
     unit = torch.from_numpy(part.biases[0].unit).double()

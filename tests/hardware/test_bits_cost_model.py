@@ -57,6 +57,23 @@ def test_by_hand() -> None:
     assert model.layer_cost(layer, FLOAT) == {"code_bits": 2304.0, "bytes": 288.0}
 
 
+def test_rows_by_hand() -> None:
+    """8 channels of 9 weights: codes of each format by themselves, a scale per channel, the order where it is needed."""
+    layer, model = described("a", 8, 9), BitsModel()
+    sorted_rows, mixed = WeightSpec.parse("rows(int8*3,ternary*5)"), WeightSpec.parse("rows(int8*2,ternary*5,int8)")
+    code_bits, size = pytest.approx(27 * 8 + 45 * 1.6), 27.0 + 9.0 + 32.0
+    assert model.layer_cost(layer, sorted_rows) == {"code_bits": code_bits, "bytes": size}
+    assert model.layer_cost(layer, mixed) == {"code_bits": code_bits, "bytes": size + 8}
+    network = model.network_cost([layer], {"a": mixed})
+    assert network["size"] == size + 8 + table_bytes(WeightSpec.parse("ternary"))
+    assert network["bits"] == pytest.approx((27 * 8 + 45 * 1.6) / 72)
+
+
+def test_rows_are_for_layers_with_as_many_channels() -> None:
+    rows, other = WeightSpec.parse("rows(int4*2,int8)"), WeightSpec.parse("rows(int4*2,int8*2)")
+    assert BitsModel().capabilities(described("a", 3, 5), [*SPECS, rows, other]) == (*SPECS, rows)
+
+
 def test_it_takes_every_format_and_sets_no_limit() -> None:
     model: CostModel = load("qopt.cost_models", "bits", "--target")()
     assert model.capabilities(described("a", 2, 2), SPECS) == tuple(SPECS)

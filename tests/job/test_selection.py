@@ -15,6 +15,7 @@ from qopt.job.select import Variant, variants
 
 NEAREST = [Variant("nearest", False), Variant("nearest", True)]
 CENTRED, PLAIN = Variant("gptq", True), Variant("gptq", False)
+TRAINED = Variant("adaround", True)
 
 
 @pytest.mark.parametrize(
@@ -22,10 +23,11 @@ CENTRED, PLAIN = Variant("gptq", True), Variant("gptq", False)
     [
         (Options(effort="fast"), NEAREST),
         (Options(), [*NEAREST, CENTRED]),
-        (Options(effort="max"), [*NEAREST, CENTRED, PLAIN]),
+        (Options(effort="max"), [*NEAREST, CENTRED, PLAIN, TRAINED]),
         (Options(rounding="nearest"), NEAREST),
         (Options(rounding="gptq"), [PLAIN, CENTRED]),
         (Options(rounding="gptq", effort="fast", bias_correction="on"), [CENTRED]),
+        (Options(rounding="adaround", bias_correction="on"), [TRAINED]),
         (Options(bias_correction="off"), NEAREST[:1]),
         (Options(bias_correction="on"), [NEAREST[1], CENTRED]),
     ],

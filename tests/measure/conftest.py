@@ -105,6 +105,12 @@ def _network(text: str) -> Prepared:
 
 
 @pytest.fixture(scope="session")
+def network() -> Callable[[str], Prepared]:
+    """From ONNX text to a prepared network with random weights; ``zeros`` are zeros."""
+    return _network
+
+
+@pytest.fixture(scope="session")
 def networks() -> dict[str, Quantizer]:
     """All `NETWORKS`, calibrated on 13 images."""
     prepared = {name: _network(text) for name, text in NETWORKS.items()}

@@ -18,7 +18,7 @@ from qopt.graph.twin import build_twin
 from qopt.passes import layer_inputs
 from qopt.passes.base import Pipeline
 from qopt.passes.canonicalise_linear import CanonicaliseLinear
-from qopt.passes.layer_inputs import MAX_COLUMNS
+from qopt.passes.layer_inputs import MAX_COLUMNS, InputMoment
 from qopt.passes.observe_moments import ObserveMoments
 
 Array = NDArray[np.float64]
@@ -176,6 +176,24 @@ def test_the_batch_size_does_not_matter(batch_size: int, networks: dict[str, Pre
     expected, found = _observe(networks["residual"], sample), _observe(networks["residual"], sample, batch_size)
     for layer, moment in expected.items():
         np.testing.assert_allclose(found[layer], moment, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("columns", [1, 95, 96, 97, 250, 1000])
+def test_moments_of_pairs_and_of_inputs_with_themselves_add_up(columns: int) -> None:
+    """Symmetric products are computed by blocks, of which the last may be narrower."""
+    generator = np.random.default_rng(columns)
+    own, left, right = (generator.standard_normal((2, 11, columns)).astype(np.float32) for _ in range(3))
+    moment = InputMoment()
+    moment.add(torch.from_numpy(own))
+    alone = moment.moment
+    np.testing.assert_allclose(alone, np.einsum("gpi,gpj->gij", own, own, dtype=np.float64) / 11, atol=1e-5)
+    assert torch.equal(alone, alone.mT)
+    moment.add(torch.from_numpy(right), torch.from_numpy(left))
+    first, second = np.concatenate([own, left], 1).astype(np.float64), np.concatenate([own, right], 1)
+    expected = np.einsum("gpi,gpj->gij", first, second) / 22
+    np.testing.assert_allclose(moment.moment, expected, atol=1e-5)
+    means = first.mean(1)[:, :, None] * second.mean(1, dtype=np.float64)[:, None, :]
+    np.testing.assert_allclose(moment.covariance, expected - means, atol=1e-5)
 
 
 def test_transposed_convolutions_are_left_out(network: Network, images: Images) -> None:

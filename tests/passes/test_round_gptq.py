@@ -32,7 +32,7 @@ from qopt.passes.nodes import is_layer, op_of
 from qopt.passes.round_gptq import RoundGPTQ
 from qopt.passes.watcher import SideBySide, live_bytes
 from qopt.plan import uniform
-from qopt.quant import QuantizedWeight, quantize_weight
+from qopt.quant import AnyWeight, QuantizedWeight, quantize_whole
 from qopt.quant.gptq import as_rows, gptq
 from qopt.quant.retarget import retargeted
 from qopt.quantize import Quantizer
@@ -70,7 +70,12 @@ class Case:
         return step
 
     def nearest(self, layer: str, spec: WeightSpec = INT3) -> QuantizedWeight:
-        return self.quantizer.quantized_weight(self.prepared.layer(layer), spec)
+        return whole(self.quantizer.quantized_weight(self.prepared.layer(layer), spec))
+
+
+def whole(weight: AnyWeight) -> QuantizedWeight:
+    assert isinstance(weight, QuantizedWeight)
+    return weight
 
 
 def seen(
@@ -128,7 +133,7 @@ def test_every_layer_is_rounded_against_the_inputs_it_will_get(
     floats = seen(case.quantizer.float_graph, case.prepared, case.sample, record)
     mistaken = 0
     for layer in case.prepared.layers:
-        weight, like, codes = case.quantizer.weight(layer), case.nearest(layer.name), step.weights[layer.name]
+        weight, like, codes = case.quantizer.weight(layer), case.nearest(layer.name), whole(step.weights[layer.name])
         rows, wrong = inputs[layer.name, 0][0], floats[layer.name, 0][0]
         moment, other = (covariance(r, r) if centred else r.mT @ r / r.shape[1] for r in (rows, wrong))
         expected, mistake = (gptq(weight, like, m) for m in (moment, other))
@@ -155,7 +160,7 @@ def test_the_float_target_is_the_least_squares_one(
         like = case.nearest(layer.name)
         target = retargeted(case.quantizer.weight(layer), like.axis, moment, cross, ridge=step.ridge)
         expected = gptq(target, like, moment)
-        assert (step.weights[layer.name].codes != expected.codes).double().mean() <= 0.03
+        assert (whole(step.weights[layer.name]).codes != expected.codes).double().mean() <= 0.03
 
 
 @pytest.mark.parametrize("name", ["plain", "residual", "concat", "mlp", "pool", "shared"])
@@ -211,9 +216,9 @@ def test_convolutions_of_all_kinds(
     rows = im2col(sample.numpy(), kernel, strides, dilations, pads, groups)
     moment, weight = covariance(rows, rows), case.quantizer.weight(prepared.layers[0])
     expected = gptq(weight, case.nearest("w"), moment, order="stored")
-    assert (step.weights["w"].codes != expected.codes).double().mean() <= 0.02
+    assert (whole(step.weights["w"]).codes != expected.codes).double().mean() <= 0.02
     torch.testing.assert_close(
-        error(weight, step.weights["w"], moment), error(weight, expected, moment), rtol=1e-3, atol=1e-9
+        error(weight, whole(step.weights["w"]), moment), error(weight, expected, moment), rtol=1e-3, atol=1e-9
     )
 
 
@@ -234,9 +239,9 @@ class TestShared:
         moment = (covariance(first, first) + covariance(second, second)) / 2
         weight = case.quantizer.weight(case.prepared.layer("w"))
         expected = gptq(weight, case.nearest("w"), moment)
-        assert (step.weights["w"].codes != expected.codes).double().mean() <= 0.03
+        assert (whole(step.weights["w"]).codes != expected.codes).double().mean() <= 0.03
         alone = gptq(weight, case.nearest("w"), covariance(first, first))
-        assert not torch.equal(step.weights["w"].codes, alone.codes)
+        assert not torch.equal(whole(step.weights["w"]).codes, alone.codes)
 
     def test_both_uses_run_with_the_new_codes(
         self, networks: dict[str, Prepared], images: Images, record: Record
@@ -267,8 +272,8 @@ class TestWhatStays:
         assert result.notes == (
             "1 weights rounded by GPTQ", "rounded to nearest, their inputs have no moment: w",
         )  # fmt: skip
-        assert torch.equal(step.weights["w"].codes, case.nearest("w").codes)
-        assert not torch.equal(step.weights["w2"].codes, case.nearest("w2").codes)
+        assert torch.equal(whole(step.weights["w"]).codes, case.nearest("w").codes)
+        assert not torch.equal(whole(step.weights["w2"]).codes, case.nearest("w2").codes)
         assert set(step.biases) == {("w", 0), ("w2", 0)}, "biases are corrected all the same"
         outputs = [
             {
@@ -324,7 +329,7 @@ def test_the_batch_size_does_not_matter(batch_size: int, networks: dict[str, Pre
         step(case.twin)
         found.append(step)
     for layer, codes in found[0].weights.items():
-        assert (found[1].weights[layer].codes != codes.codes).double().mean() <= 0.03
+        assert (whole(found[1].weights[layer]).codes != whole(codes).codes).double().mean() <= 0.03
 
 
 def test_options_reach_the_numerics(networks: dict[str, Prepared], images: Images) -> None:
@@ -457,7 +462,7 @@ def test_a_weight_that_is_exact_already_stays(networks: dict[str, Prepared], ima
     """With levels for weights, the quantized network is the float one, and nothing moves."""
     prepared = networks["plain"]
     quantizer = Quantizer(prepared)
-    exact = {name: quantize_weight(quantizer.weight(prepared.layer(name)), INT3) for name in ("w1", "w2", "w3")}
+    exact = {name: quantize_whole(quantizer.weight(prepared.layer(name)), INT3) for name in ("w1", "w2", "w3")}
     twin = copy.deepcopy(quantizer.float_graph)
     for node in twin.graph.nodes:
         if is_layer(node):
@@ -467,5 +472,5 @@ def test_a_weight_that_is_exact_already_stays(networks: dict[str, Prepared], ima
     step = RoundGPTQ(images(prepared, 20), reference, target="own")
     step(twin)
     for name, codes in exact.items():
-        assert torch.equal(step.weights[name].codes, codes.codes)
+        assert torch.equal(whole(step.weights[name]).codes, codes.codes)
         assert torch.equal(step.weights[name].scale, codes.scale)

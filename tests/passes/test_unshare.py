@@ -22,7 +22,7 @@ from qopt.passes.insert_weight_quantizers import InsertWeightQuantizers
 from qopt.passes.nodes import bias_source, constant_of, is_layer, weight_source
 from qopt.passes.unshare import Unshare
 from qopt.plan import uniform
-from qopt.quant import quantize_weight
+from qopt.quant import quantize_whole
 from qopt.quantize import Quantizer
 from qopt.spec import ActivationSpec, WeightSpec
 
@@ -83,7 +83,7 @@ def test_correcting_the_bias_of_one_use_leaves_the_other(networks: dict[str, Pre
         Unshare()(graph)
     layer = prepared.layers[0]
     weight = torch.from_numpy(prepared.initializer("w").copy())
-    codes = quantize_weight(weight, WeightSpec.parse("int2"), layer.channel_axis)
+    codes = quantize_whole(weight, WeightSpec.parse("int2"), layer.channel_axis)
     InsertWeightQuantizers({"w": codes})(twin)
     correct = CorrectBiases(images(prepared, 16), reference)
     correct(twin)

@@ -18,7 +18,7 @@ from qopt.passes.fold_weights import FoldWeights
 from qopt.passes.insert_weight_quantizers import InsertWeightQuantizers, WeightQuantizer
 from qopt.passes.nodes import constant_of, free_name, is_layer, weight_source
 from qopt.passes.unshare import Unshare
-from qopt.quant import QuantizedWeight, quantize_weight
+from qopt.quant import QuantizedWeight, quantize_whole
 from qopt.spec import WeightSpec
 
 Images = Callable[..., torch.Tensor]
@@ -28,7 +28,7 @@ SPECS = ["int1", "int2", "int4:tensor:max", "int8", "log1", "log4", "log6"]
 
 def _codes(prepared: Prepared, spec: str) -> dict[str, QuantizedWeight]:
     return {
-        layer.name: quantize_weight(
+        layer.name: quantize_whole(
             torch.from_numpy(prepared.initializer(layer.initializer).copy()), WeightSpec.parse(spec), layer.channel_axis
         )
         for layer in prepared.layers

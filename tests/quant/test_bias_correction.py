@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qopt.errors import DataError, UsageError
-from qopt.quant import corrected_bias, quantize_weight
+from qopt.quant import corrected_bias, quantize_whole
 from qopt.spec import WeightSpec
 
 
@@ -21,7 +21,7 @@ def test_means_agree_after_correction(seed: int, with_bias: bool, text: str) -> 
     weight = torch.randn(6, 20, generator=generator)
     bias = torch.randn(6, generator=generator) if with_bias else None
     images = torch.rand(50, 20, generator=generator)
-    rounded = quantize_weight(weight, WeightSpec.parse(text)).dequantize()
+    rounded = quantize_whole(weight, WeightSpec.parse(text)).dequantize()
     float_mean = torch.nn.functional.linear(images, weight, bias).mean(dim=0)
     quantized_mean = torch.nn.functional.linear(images, rounded, bias).mean(dim=0)
     corrected = corrected_bias(bias, float_mean, quantized_mean)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from qopt.errors import UsageError
-from qopt.quant import QuantizedWeight, quantize_weight
+from qopt.quant import QuantizedWeight, quantize_whole
 from qopt.quant import gptq as module
 from qopt.quant.gptq import as_rows, as_stored, gptq
 from qopt.spec import WeightSpec
@@ -89,7 +89,7 @@ def table(weight: torch.Tensor, like: QuantizedWeight, moment: torch.Tensor, ord
 @pytest.mark.parametrize("text", ["int2", "int3", "int4:tensor", "log3", "ternary", "int3:mid", "int3:full", "int1"])
 def test_it_is_the_transcription_wherever_that_beats_nearest(text: str, order: Any) -> None:
     weight, moment = weights(0, 12, 15), moment_of(inputs(0, 1, 15))
-    like = quantize_weight(weight, spec(text))
+    like = quantize_whole(weight, spec(text))
     found = gptq(weight, like, moment, order=order, scale_search=False)
     expected = torch.from_numpy(table(weight, like, moment, order))
     slow = torch.einsum("ri,ij,rj->r", weight - expected, moment[0], weight - expected)
@@ -103,7 +103,7 @@ def test_it_is_the_transcription_wherever_that_beats_nearest(text: str, order: A
 @pytest.mark.parametrize("mistake", ["wrong sign", "no way back"])
 def test_planted_mistakes_are_worse_than_nearest(mistake: str) -> None:
     weight, moment = weights(0, 12, 15), moment_of(inputs(0, 1, 15))
-    like = quantize_weight(weight, spec("int3"))
+    like = quantize_whole(weight, spec("int3"))
     right, wrong = (torch.from_numpy(table(weight, like, moment, "activation", m)) for m in ("", mistake))
     sums = [torch.einsum("ri,ij,rj->", weight - v, moment[0], weight - v) for v in (right, wrong)]
     nearest = errors(weight, like, moment).sum()
@@ -115,7 +115,7 @@ def test_a_singular_moment_needs_its_damping() -> None:
     """The transcription without it fails or explodes; with it, and in the function, it does not."""
     rows = inputs(3, 1, 10, count=4)
     weight, moment = weights(3, 5, 10), moment_of(rows)
-    like = quantize_weight(weight, spec("int3"))
+    like = quantize_whole(weight, spec("int3"))
     with np.errstate(all="ignore"):
         try:
             wrong = table(weight, like, moment, "activation", "no damping")
@@ -141,7 +141,7 @@ cases = st.tuples(
 def test_never_worse_than_nearest(case: tuple[Any, ...], search: bool, order: Any, damping: float) -> None:
     seed, text, (groups, channels, columns), count = case
     weight, moment = weights(seed, channels, columns), moment_of(inputs(seed, groups, columns, count))
-    like = quantize_weight(weight, spec(text))
+    like = quantize_whole(weight, spec(text))
     found = gptq(weight, like, moment, damping=damping, order=order, scale_search=search)
     before, after = errors(weight, like, moment), errors(weight, found, moment)
     if text in SINGLE_SCALE and search:
@@ -158,7 +158,7 @@ def test_never_worse_than_nearest(case: tuple[Any, ...], search: bool, order: An
 @pytest.mark.parametrize("text", SPECS)
 def test_the_search_for_scales_only_helps(text: str) -> None:
     weight, moment = weights(5, 8, 20), moment_of(inputs(5, 1, 20))
-    like = quantize_weight(weight, spec(text))
+    like = quantize_whole(weight, spec(text))
     sums = [float(errors(weight, gptq(weight, like, moment, scale_search=s), moment).sum()) for s in (False, True)]
     assert sums[1] <= sums[0] * (1 + 1e-9)
     if text in ("int2", "int3", "log3", "ternary"):
@@ -169,14 +169,14 @@ def test_the_search_for_scales_only_helps(text: str) -> None:
 def test_a_diagonal_moment_leaves_rounding_to_nearest(text: str) -> None:
     """Of codes that round to the nearest level, which log codes under a max-abs scale do not."""
     weight = weights(7, 6, 11)
-    like = quantize_weight(weight, spec(text))
+    like = quantize_whole(weight, spec(text))
     moment = torch.diag(torch.arange(1.0, 12.0, dtype=torch.float64))[None]
     assert torch.equal(gptq(weight, like, moment, scale_search=False).codes, like.codes)
 
 
 def test_log_codes_under_a_max_scale_come_closer() -> None:
     weight = weights(7, 6, 50)
-    like = quantize_weight(weight, spec("log3:max"))
+    like = quantize_whole(weight, spec("log3:max"))
     moment = torch.eye(50, dtype=torch.float64)[None]
     assert (
         errors(weight, gptq(weight, like, moment, scale_search=False), moment).sum()
@@ -189,7 +189,7 @@ def test_log_codes_under_a_max_scale_come_closer() -> None:
 def test_what_the_levels_represent_comes_back(case: tuple[Any, ...]) -> None:
     """Also from a start that is wrong everywhere, under the right scale."""
     seed, text, (groups, channels, columns), _ = case
-    exact = quantize_weight(weights(seed, channels, columns), spec(text))
+    exact = quantize_whole(weights(seed, channels, columns), spec(text))
     weight, moment = exact.dequantize(), moment_of(inputs(seed, groups, columns))
     again = gptq(weight, exact, moment)
     assert torch.equal(again.codes, exact.codes)
@@ -204,7 +204,7 @@ def test_channels_of_zeros_stay_as_they_are(text: str) -> None:
     weight[2] = 0
     if "tensor" in text:
         weight[:] = 0
-    like = quantize_weight(weight, spec(text))
+    like = quantize_whole(weight, spec(text))
     found = gptq(weight, like, moment_of(inputs(1, 1, 9)))
     assert not like.dequantize()[2].any()
     assert torch.equal(found.codes[2], like.codes[2])
@@ -216,7 +216,7 @@ def test_inputs_that_are_always_zero_round_to_nearest(order: Any) -> None:
     rows = inputs(2, 1, 12)
     rows[:, :, [0, 5, 6, 11]] = 0
     weight, moment = weights(2, 40, 12), moment_of(rows)
-    like = quantize_weight(weight, spec("int3"))
+    like = quantize_whole(weight, spec("int3"))
     found = gptq(weight, like, moment, order=order, scale_search=False)
     assert torch.equal(found.codes[:, [0, 5, 6, 11]], like.codes[:, [0, 5, 6, 11]])
     assert not torch.equal(found.codes, like.codes)
@@ -228,7 +228,7 @@ def test_inputs_that_are_always_zero_round_to_nearest(order: Any) -> None:
 
 def test_no_inputs_at_all_change_nothing() -> None:
     weight = weights(2, 7, 12)
-    like = quantize_weight(weight, spec("int3"))
+    like = quantize_whole(weight, spec("int3"))
     found = gptq(weight, like, torch.zeros(1, 12, 12, dtype=torch.float64))
     assert torch.equal(found.codes, like.codes)
     assert torch.equal(found.scale, like.scale)
@@ -237,7 +237,7 @@ def test_no_inputs_at_all_change_nothing() -> None:
 @pytest.mark.parametrize(("block", "elements"), [(1, 1), (7, 40), (64, 1 << 22), (150, 300), (1000, 100_000)])
 def test_blocks_and_parts_do_not_matter(block: int, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, moment = weights(4, 10, 150), moment_of(inputs(4, 1, 150, 1000))
-    like = quantize_weight(weight, spec("int4"))
+    like = quantize_whole(weight, spec("int4"))
     expected = gptq(weight, like, moment)
     monkeypatch.setattr(module, "BLOCK", block)
     monkeypatch.setattr(module, "ELEMENTS", elements)
@@ -248,7 +248,7 @@ def test_blocks_and_parts_do_not_matter(block: int, elements: int, monkeypatch: 
 
 def test_groups_are_independent() -> None:
     weight, moment = weights(6, 6, 2, 3, 3), moment_of(inputs(6, 3, 18))
-    like = quantize_weight(weight, spec("int3"))
+    like = quantize_whole(weight, spec("int3"))
     found = gptq(weight, like, moment)
     for group in range(3):
         part = slice(2 * group, 2 * group + 2)
@@ -262,8 +262,8 @@ def test_groups_are_independent() -> None:
 @pytest.mark.parametrize("text", ["int3", "log4", "int3:tensor"])
 def test_a_weight_stored_the_other_way_round(text: str) -> None:
     weight, moment = weights(8, 5, 14), moment_of(inputs(8, 1, 14))
-    expected = gptq(weight, quantize_weight(weight, spec(text)), moment)
-    found = gptq(weight.T, quantize_weight(weight.T, spec(text), 1), moment)
+    expected = gptq(weight, quantize_whole(weight, spec(text)), moment)
+    found = gptq(weight.T, quantize_whole(weight.T, spec(text), 1), moment)
     assert found.codes.shape == (14, 5)
     assert torch.equal(found.codes.T, expected.codes)
     assert torch.equal(found.scale, expected.scale)
@@ -281,24 +281,24 @@ def test_rows_and_back(shape: tuple[int, ...], axis: int, groups: int) -> None:
 @pytest.mark.parametrize("exponent", [-30, -12, 12, 30])
 def test_the_unit_of_inputs_and_weights_does_not_matter(exponent: int) -> None:
     weight, moment = weights(9, 6, 10), moment_of(inputs(9, 1, 10))
-    like = quantize_weight(weight, spec("int3"))
+    like = quantize_whole(weight, spec("int3"))
     expected = gptq(weight, like, moment)
     assert torch.equal(gptq(weight, like, moment * 2.0**exponent).codes, expected.codes)
     other = weight * 2.0**exponent
-    found = gptq(other, quantize_weight(other, spec("int3")), moment)
+    found = gptq(other, quantize_whole(other, spec("int3")), moment)
     torch.testing.assert_close(found.dequantize(), expected.dequantize() * 2.0**exponent)
 
 
 def test_the_largest_weights_stay_finite() -> None:
     weight = weights(9, 6, 10) * 1e38
-    like = quantize_weight(weight.clamp(-3.4e38, 3.4e38), spec("int3:max"))
+    like = quantize_whole(weight.clamp(-3.4e38, 3.4e38), spec("int3:max"))
     found = gptq(weight.clamp(-3.4e38, 3.4e38), like, moment_of(inputs(9, 1, 10)))
     assert bool(found.dequantize().isfinite().all())
 
 
 def test_the_same_call_gives_the_same_codes() -> None:
     weight, moment = weights(9, 6, 10), moment_of(inputs(9, 1, 10))
-    like = quantize_weight(weight, spec("int2"))
+    like = quantize_whole(weight, spec("int2"))
     one, two = gptq(weight, like, moment), gptq(weight, like, moment)
     assert torch.equal(one.codes, two.codes)
     assert torch.equal(one.scale, two.scale)
@@ -324,7 +324,7 @@ GOOD = torch.eye(9, dtype=torch.float64)[None]
 def test_what_does_not_fit_is_an_error(
     shape: tuple[int, ...], moment: torch.Tensor, damping: float, words: str
 ) -> None:
-    like = quantize_weight(weights(0, 4, 9), spec("int4"))
+    like = quantize_whole(weights(0, 4, 9), spec("int4"))
     with pytest.raises(UsageError, match=words) as caught:
         gptq(weights(0, *shape), like, moment, damping=damping)
     assert "\n" not in str(caught.value)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qopt.errors import UsageError
-from qopt.quant import quantize_weight
+from qopt.quant import quantize_whole
 from qopt.quant.gptq import gptq
 from qopt.quant.retarget import retargeted
 from qopt.spec import WeightSpec
@@ -79,7 +79,7 @@ def test_what_rounding_adds_is_the_quadratic_form(seed: int) -> None:
 
 def test_rounding_it_comes_closer_to_the_float_network_than_rounding_the_weight() -> None:
     pairs, weight = Pairs.of(0, 1, 12), weights(0, 8, 12)
-    like = quantize_weight(weight, WeightSpec.parse("int3"))
+    like = quantize_whole(weight, WeightSpec.parse("int3"))
     target = retargeted(weight, 0, pairs.moment, pairs.cross)
     own, crossed = (gptq(w, like, pairs.moment).dequantize().double()[None] for w in (weight, target))
     rows = weight.double()[None]

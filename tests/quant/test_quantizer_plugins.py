@@ -13,7 +13,7 @@ import torch
 
 from qopt.errors import UsageError
 from qopt.plugins import plugins
-from qopt.quant import Quantizer, Rows, quantize_weight
+from qopt.quant import Quantizer, Rows, quantize_whole
 from qopt.quant.quantizer import GROUP, quantizer
 from qopt.spec import WeightSpec
 
@@ -41,14 +41,14 @@ import json
 import onnx_ir as ir, onnxruntime, torch
 from qopt.plan import Plan
 from qopt.plugins import plugins
-from qopt.quant import quantize_weight
+from qopt.quant import quantize_whole
 from qopt.runtime.patterns import float_weight, integer_weight
 from qopt.size import Stored
 from qopt.spec import WeightSpec
 
 spec = WeightSpec.parse(next(iter(Plan(weights={"fc": "squares@4:tensor"}).weight_specs(["fc"]).values())).__str__())
-weight = quantize_weight(torch.randn(6, 9, generator=torch.Generator().manual_seed(0)), spec)
-again = quantize_weight(weight.dequantize(), spec)
+weight = quantize_whole(torch.randn(6, 9, generator=torch.Generator().manual_seed(0)), spec)
+again = quantize_whole(weight.dequantize(), spec)
 same = []
 for subgraph, value in (integer_weight("fc", weight, zero_points=False), float_weight("fc", weight)):
     value.type = ir.TensorType(ir.DataType.FLOAT)
@@ -90,7 +90,7 @@ def test_built_in_quantizers_are_in_the_table() -> None:
 
 def test_an_unknown_quantizer_offers_the_nearest() -> None:
     with pytest.raises(UsageError, match=r"weight format: unknown name .*'linaer'.* did you mean 'linear'"):
-        quantize_weight(torch.ones(2, 2), WeightSpec.parse("linaer@4"))
+        quantize_whole(torch.ones(2, 2), WeightSpec.parse("linaer@4"))
 
 
 @pytest.mark.parametrize("granularity", ["", ":tensor"])

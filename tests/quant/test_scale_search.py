@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qopt.quant import quantize_weight
+from qopt.quant import quantize_whole
 from qopt.quant.codebook import Codebook, codebook
 from qopt.quant.scales import max_abs_scale, mean_square_scale, storable
 from qopt.spec import Grid, WeightSpec
@@ -89,14 +89,14 @@ def test_ternary_scale_is_the_mean_of_the_kept_magnitudes() -> None:
     magnitudes = row.abs().sort(descending=True).values
     gains = magnitudes.cumsum(0).square() / torch.arange(1, 501)
     kept = int(gains.argmax()) + 1
-    quantized = quantize_weight(row, WeightSpec.parse("ternary:tensor"))
+    quantized = quantize_whole(row, WeightSpec.parse("ternary:tensor"))
     assert float(quantized.scale) == pytest.approx(float(magnitudes[:kept].mean()), rel=1e-6)
     assert int(quantized.codes.abs().sum()) == kept
 
 
 def test_binary_scale_minimises_the_error() -> None:
     row = sample("heavy", 100, 6)
-    quantized = quantize_weight(row, WeightSpec.parse("int1:tensor"))
+    quantized = quantize_whole(row, WeightSpec.parse("int1:tensor"))
     around = float(quantized.scale) * torch.linspace(0.8, 1.2, 41, dtype=torch.float64)
     errors = (row[None] - around[:, None] * row.sign()).square().sum(dim=1)
     assert int(errors.argmin()) == 20
@@ -105,8 +105,8 @@ def test_binary_scale_minimises_the_error() -> None:
 def test_log_search_uses_nearest_levels_and_max_rounds_exponents() -> None:
     """0.73 of a level: the exponent rounds up (0.73 > 0.7071), the nearest level is the lower one (0.73 < 0.75)."""
     row = torch.tensor([1.0] * 50 + [0.73, 0.5, 0.25])
-    by_exponent = quantize_weight(row, WeightSpec.parse("log3:tensor:max")).dequantize()
-    by_level = quantize_weight(row, WeightSpec.parse("log3:tensor")).dequantize()
+    by_exponent = quantize_whole(row, WeightSpec.parse("log3:tensor:max")).dequantize()
+    by_level = quantize_whole(row, WeightSpec.parse("log3:tensor")).dequantize()
     assert float(by_exponent[50]) == 1.0
     assert float(by_level[50]) == pytest.approx(0.5, rel=0.01)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qopt.errors import CorruptModelError, UsageError, VerificationError
-from qopt.quant import QuantizedWeight, codebook, quantize_weight
+from qopt.quant import QuantizedWeight, codebook, quantize_whole
 from qopt.spec import WeightSpec
 
 FORMATS = [*(f"{kind}{bits}" for kind in ("int", "log") for bits in range(1, 9)), "ternary"]
@@ -88,7 +88,7 @@ GOLDEN = [
 
 @pytest.mark.parametrize(("text", "values", "codes", "levels"), GOLDEN)
 def test_golden(text: str, values: list[float], codes: list[int], levels: list[float]) -> None:
-    quantized = quantize_weight(torch.tensor(values), WeightSpec.parse(text))
+    quantized = quantize_whole(torch.tensor(values), WeightSpec.parse(text))
     assert quantized.codes.tolist() == codes
     assert torch.allclose(quantized.dequantize(), torch.tensor(levels), rtol=1e-6, atol=0)
 
@@ -123,14 +123,14 @@ def test_wide_tables_are_float_and_cover_every_code(bits: int) -> None:
 
 
 def test_the_top_level_of_a_small_log_format_is_64_scales() -> None:
-    quantized = quantize_weight(torch.tensor([[3.0, 1.0], [-5.0, 5.0]]), WeightSpec.parse("log4:max"))
+    quantized = quantize_whole(torch.tensor([[3.0, 1.0], [-5.0, 5.0]]), WeightSpec.parse("log4:max"))
     assert (quantized.scale * 64).tolist() == [3.0, 5.0]
 
 
 @given(weights(), formats)
 @settings(deadline=None, max_examples=150)
 def test_codes_are_representable(weight: Tensor, spec: WeightSpec) -> None:
-    quantized = quantize_weight(weight, spec)
+    quantized = quantize_whole(weight, spec)
     assert quantized.codes.shape == weight.shape
     assert bool(torch.isfinite(quantized.scale).all())
     q = max(1, 2 ** (spec.bits - 1) - 1)
@@ -152,8 +152,8 @@ def test_codes_are_representable(weight: Tensor, spec: WeightSpec) -> None:
 @given(weights(), formats)
 @settings(deadline=None, max_examples=150)
 def test_idempotent(weight: Tensor, spec: WeightSpec) -> None:
-    once = quantize_weight(weight, spec).dequantize()
-    again = quantize_weight(once, spec)
+    once = quantize_whole(weight, spec).dequantize()
+    again = quantize_whole(once, spec)
     assert torch.equal(again.dequantize(), once)
 
 
@@ -164,24 +164,24 @@ def test_idempotent_from_float64(text: str, option: str) -> None:
     generator = torch.Generator().manual_seed(7)
     weight = torch.randn(300, 17, generator=generator, dtype=torch.float64)
     spec = WeightSpec.parse(text + option)
-    once = quantize_weight(weight, spec).dequantize()
-    assert torch.equal(quantize_weight(once, spec).dequantize(), once)
+    once = quantize_whole(weight, spec).dequantize()
+    assert torch.equal(quantize_whole(once, spec).dequantize(), once)
 
 
 @given(weights(), formats)
 @settings(deadline=None, max_examples=150)
 def test_mse_is_never_worse_than_max(weight: Tensor, spec: WeightSpec) -> None:
-    mse = quantize_weight(weight, replace(spec, scale="mse"))
+    mse = quantize_whole(weight, replace(spec, scale="mse"))
     if "mid" in str(spec):  # its levels are others
         return
-    largest = quantize_weight(weight, replace(spec, scale="max", grid="auto"))
+    largest = quantize_whole(weight, replace(spec, scale="max", grid="auto"))
     assert squared_error(weight, mse) <= squared_error(weight, largest) * (1 + 1e-12)
 
 
 @given(weights(), st.integers(2, 8), st.sampled_from(["channel", "tensor"]))
 @settings(deadline=None, max_examples=100)
 def test_linear_max_is_within_half_a_step(weight: Tensor, bits: int, granularity: str) -> None:
-    quantized = quantize_weight(weight, WeightSpec.parse(f"int{bits}:{granularity}:max"))
+    quantized = quantize_whole(weight, WeightSpec.parse(f"int{bits}:{granularity}:max"))
     scale = quantized.scale.double()
     steps = scale.view(-1, *[1] * (weight.ndim - 1)) if granularity == "channel" else scale
     error = (weight.double() - quantized.dequantize().double()).abs()
@@ -192,7 +192,7 @@ def test_linear_max_is_within_half_a_step(weight: Tensor, bits: int, granularity
 @settings(deadline=None, max_examples=100)
 def test_log_max_is_within_half_an_octave(weight: Tensor, bits: int) -> None:
     """Relative error at most sqrt(2) - 1 and 1 - 1/sqrt(2) where not flushed to zero: the format's floor."""
-    quantized = quantize_weight(weight, WeightSpec.parse(f"log{bits}:tensor:max"))
+    quantized = quantize_whole(weight, WeightSpec.parse(f"log{bits}:tensor:max"))
     values = quantized.dequantize().double()
     kept = values != 0
     ratio = weight.double()[kept] / values[kept]
@@ -207,8 +207,8 @@ def test_log_max_is_within_half_an_octave(weight: Tensor, bits: int) -> None:
 def test_sign_symmetry(weight: Tensor, spec: WeightSpec) -> None:
     weight = weight if spec.bits > 1 else torch.where(weight == 0, 0.5, weight)
     weight = torch.where(weight == 0, 0.5, weight) if "mid" in str(spec) else weight
-    positive = quantize_weight(weight, spec)
-    negative = quantize_weight(-weight, spec)
+    positive = quantize_whole(weight, spec)
+    negative = quantize_whole(-weight, spec)
     assert torch.allclose(positive.scale.abs(), negative.scale.abs(), rtol=1e-4) or positive.grid != negative.grid
     assert squared_error(weight, positive) == pytest.approx(squared_error(-weight, negative), rel=1e-3)
     if not spec.full_range:
@@ -218,8 +218,8 @@ def test_sign_symmetry(weight: Tensor, spec: WeightSpec) -> None:
 @given(weights(), formats, st.integers(-10, 10))
 @settings(deadline=None, max_examples=60)
 def test_a_power_of_two_scales_through(weight: Tensor, spec: WeightSpec, exponent: int) -> None:
-    plain = quantize_weight(weight, spec)
-    scaled = quantize_weight(weight * 2.0**exponent, spec)
+    plain = quantize_whole(weight, spec)
+    scaled = quantize_whole(weight * 2.0**exponent, spec)
     if bool(weight.any()):
         assert torch.equal(scaled.codes, plain.codes)
         assert torch.equal(scaled.dequantize(), plain.dequantize() * 2.0**exponent)
@@ -229,12 +229,12 @@ def test_a_power_of_two_scales_through(weight: Tensor, spec: WeightSpec, exponen
 @pytest.mark.parametrize("axis", [0, 1, 3, -2])
 def test_each_channel_is_quantized_alone(text: str, axis: int) -> None:
     weight = torch.randn(4, 3, 5, 2, generator=torch.Generator().manual_seed(axis + 9))
-    whole = quantize_weight(weight, WeightSpec.parse(text), axis)
+    whole = quantize_whole(weight, WeightSpec.parse(text), axis)
     assert whole.axis == axis % 4
     assert whole.scale.shape == (weight.shape[axis],)
     for index, channel in enumerate(weight.movedim(axis, 0)):
         grid = "" if whole.grid == "auto" else f":{whole.grid}"  # which is chosen for the whole tensor
-        alone = quantize_weight(channel, WeightSpec.parse(f"{text}:tensor{grid}"))
+        alone = quantize_whole(channel, WeightSpec.parse(f"{text}:tensor{grid}"))
         assert torch.allclose(alone.dequantize(), whole.dequantize().movedim(axis, 0)[index], rtol=1e-6)
 
 
@@ -244,12 +244,12 @@ def test_a_zero_channel_stays_zero(text: str, option: str) -> None:
     weight = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     weight[1] = 0.0
     spec = WeightSpec.parse(text + option)
-    quantized = quantize_weight(weight, spec)
+    quantized = quantize_whole(weight, spec)
     if spec.granularity == "channel":
         assert not quantized.dequantize()[1].any()
         assert float(quantized.scale[1]) == (0.0 if spec.bits == 1 else 1.0)
         assert not quantized.codes[1].any() or spec.bits == 1
-    assert not quantize_weight(torch.zeros(3, 8), spec).dequantize().any()
+    assert not quantize_whole(torch.zeros(3, 8), spec).dequantize().any()
 
 
 @pytest.mark.parametrize("text", FORMATS)
@@ -257,7 +257,7 @@ def test_a_zero_channel_stays_zero(text: str, option: str) -> None:
 def test_extreme_magnitudes_stay_finite(text: str, magnitude: float) -> None:
     weight = torch.tensor([1.0, -0.5, 0.25, 0.0]) * magnitude
     for option in OPTIONS:
-        values = quantize_weight(weight, WeightSpec.parse(text + option)).dequantize()
+        values = quantize_whole(weight, WeightSpec.parse(text + option)).dequantize()
         assert bool(torch.isfinite(values).all())
         assert bool((values.double().abs() <= 2 * magnitude + 2e-38).all())
 
@@ -265,8 +265,8 @@ def test_extreme_magnitudes_stay_finite(text: str, magnitude: float) -> None:
 def test_half_precision_and_strided_weights_are_taken() -> None:
     weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     spec = WeightSpec.parse("int4")
-    expected = quantize_weight(weight.float(), spec, axis=1).dequantize()
-    assert torch.equal(quantize_weight(weight.T, spec, axis=0).dequantize().T, expected)
+    expected = quantize_whole(weight.float(), spec, axis=1).dequantize()
+    assert torch.equal(quantize_whole(weight.T, spec, axis=0).dequantize().T, expected)
 
 
 @pytest.mark.parametrize(
@@ -285,18 +285,18 @@ def test_half_precision_and_strided_weights_are_taken() -> None:
 )
 def test_errors_name_the_layer(weight: Tensor, text: str, axis: int, error: type[Exception]) -> None:
     with pytest.raises(error, match=r"conv1\.weight"):
-        quantize_weight(weight, WeightSpec.parse(text), axis, where="conv1.weight")
+        quantize_whole(weight, WeightSpec.parse(text), axis, where="conv1.weight")
 
 
 @given(weights(), st.integers(2, 8), st.sampled_from(["channel", "tensor"]))
 @settings(deadline=None, max_examples=150)
 def test_auto_is_never_worse_than_any_grid(weight: Tensor, bits: int, granularity: str) -> None:
     """The best for the whole tensor; a dead channel keeps it from the mid-rise grid."""
-    auto = squared_error(weight, quantize_weight(weight, WeightSpec.parse(f"int{bits}:{granularity}")))
+    auto = squared_error(weight, quantize_whole(weight, WeightSpec.parse(f"int{bits}:{granularity}")))
     rows = weight.reshape(len(weight) if granularity == "channel" else 1, -1)
     alive = float(rows.abs().amax(dim=1).min()) > 1e-4 * float(rows.abs().max())
     for option in (":max", ":narrow", ":full", *([":mid"] if bits <= 4 and alive else [])):
-        single = squared_error(weight, quantize_weight(weight, WeightSpec.parse(f"int{bits}:{granularity}{option}")))
+        single = squared_error(weight, quantize_whole(weight, WeightSpec.parse(f"int{bits}:{granularity}{option}")))
         assert auto <= single * (1 + 1e-12)
 
 
@@ -304,7 +304,7 @@ def test_auto_is_never_worse_than_any_grid(weight: Tensor, bits: int, granularit
 def test_the_grids_are_worth_their_while_on_a_gaussian(bits: int, gain: float) -> None:
     weight = torch.randn(16, 576, generator=torch.Generator().manual_seed(3))
     errors = {
-        grid: squared_error(weight, quantize_weight(weight, WeightSpec.parse(f"int{bits}:{grid}")))
+        grid: squared_error(weight, quantize_whole(weight, WeightSpec.parse(f"int{bits}:{grid}")))
         for grid in ("narrow", "full", "mid", "auto")
     }
     assert errors["auto"] == min(errors.values())
@@ -314,7 +314,7 @@ def test_the_grids_are_worth_their_while_on_a_gaussian(bits: int, gain: float) -
 
 def test_each_channel_turns_its_own_longer_side() -> None:
     weight = torch.tensor([[-4.0, 3.0, 1.0, 0.0], [4.0, -3.0, 1.0, 0.0], [3.0, -3.0, 1.0, 0.0]])
-    quantized = quantize_weight(weight, WeightSpec.parse("int3"))
+    quantized = quantize_whole(weight, WeightSpec.parse("int3"))
     assert quantized.grid == "full"
     assert quantized.scale.sign().tolist() == [1.0, -1.0, 1.0]
     assert quantized.codes.amin(dim=1).tolist() == [-4, -4, -3]
@@ -324,7 +324,7 @@ def test_each_channel_turns_its_own_longer_side() -> None:
 def test_the_sign_of_the_longer_side_matters() -> None:
     """A planted mistake: the longer side left where two's complement has it."""
     weight = torch.tensor([4.0, 4.0, -3.0, 2.0, 1.0, -1.0, 0.0])
-    quantized = quantize_weight(weight, WeightSpec.parse("int3:tensor:full"))
+    quantized = quantize_whole(weight, WeightSpec.parse("int3:tensor:full"))
     assert squared_error(weight, quantized) == 0
     scales = torch.linspace(0.5, 1.5, 201)
     ahead = [float((weight - (weight / s).round().clamp(-4, 3) * s).square().sum()) for s in scales]
@@ -335,7 +335,7 @@ def test_the_sign_of_the_longer_side_matters() -> None:
 def test_a_dead_channel_has_a_scale_of_zero_only_where_no_code_is_zero(text: str, grid: str) -> None:
     weight = torch.randn(3, 40, generator=torch.Generator().manual_seed(4))
     weight[1] = 0
-    quantized = quantize_weight(weight, WeightSpec.parse(text))
+    quantized = quantize_whole(weight, WeightSpec.parse(text))
     assert quantized.grid == grid
     assert bool(quantized.scale[1] == 0) == (grid != "full")
     assert not quantized.dequantize()[1].any()
@@ -377,7 +377,7 @@ def test_dequantize_is_one_float32_product() -> None:
     """What the file computes, in numpy: cast, look up, multiply."""
     weight = torch.randn(5, 30, generator=torch.Generator().manual_seed(2))
     for text in FORMATS:
-        quantized = quantize_weight(weight, WeightSpec.parse(text))
+        quantized = quantize_whole(weight, WeightSpec.parse(text))
         levels = quantized.codes.numpy()
         if quantized.table is not None:
             levels = quantized.table.numpy()[levels]
@@ -388,7 +388,7 @@ def test_dequantize_is_one_float32_product() -> None:
 @pytest.mark.parametrize("text", FORMATS)
 def test_levels_are_what_codes_select(text: str) -> None:
     weight = torch.randn(4, 300, generator=torch.Generator().manual_seed(len(text)))
-    quantized = quantize_weight(weight, WeightSpec.parse(f"{text}:tensor"))
+    quantized = quantize_whole(weight, WeightSpec.parse(f"{text}:tensor"))
     levels, codes = quantized.levels()
     assert (levels.diff() > 0).all()
     table = codes.to(torch.float64) if quantized.table is None else quantized.table.double()[codes.long()]

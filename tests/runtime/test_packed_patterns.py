@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
 from qopt.errors import VerificationError
-from qopt.quant import QuantizedWeight, quantize_weight
+from qopt.quant import QuantizedWeight, quantize_whole
 from qopt.runtime.patterns import Subgraph, float_weight, has_integer_levels, integer_weight
 from qopt.size import Stored, table_bytes
 from qopt.spec import WeightSpec
@@ -42,7 +42,7 @@ def coded(spec: str, shape: tuple[int, ...], axis: int, seed: int = 0) -> Quanti
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=generator)
     weight.movedim(axis, 0)[0] = 0
-    return quantize_weight(weight, WeightSpec.parse(spec), axis)
+    return quantize_whole(weight, WeightSpec.parse(spec), axis)
 
 
 def packed(weight: QuantizedWeight, form: str) -> tuple[Subgraph, ir.Value]:

@@ -1,0 +1,91 @@
+"""What every format does to every row of every layer, rounded by GPTQ: the costs of formats per row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qopt.graph.model import Layer
+from qopt.job.run import Run
+from qopt.job.space import moment_images, price, probe_images
+from qopt.measure.fisher import Change, channel_divergences
+from qopt.passes.base import Pipeline
+from qopt.passes.observe_moments import ObserveMoments
+from qopt.quant import quantize_weight
+from qopt.quant.gptq import as_rows, as_stored, gptq
+from qopt.quantize import whole_batches
+from qopt.search.rows import RowChoices, row_capable
+from qopt.spec import WeightSpec
+
+SMALLEST = 1 << 14
+"""Weights of the smallest layer whose rows may differ: every format more adds some 500 bytes of nodes to the file."""
+
+BATCH = 32
+"""Images whose activations and gradients are in memory at once."""
+
+
+def row_choices(run: Run, formats: Mapping[str, Sequence[WeightSpec]]) -> dict[str, RowChoices]:
+    """Layer to the formats among ``formats`` that its rows can have; layers whose inputs have no moment are absent.
+
+    The codes are those that GPTQ finds on the inputs of the float network, each under its mean-square scale: close to
+    what the plan will get, where rounding to nearest would overrate the errors of few bits several times.
+    """
+    run.progress("divergence of every row and format")
+    moments = _moments(run)
+    layers = {layer.name: layer for layer in run.prepared.layers}
+    specs = {name: row_formats(formats[name]) for name in layers if name in moments}
+    changes = {
+        name: Change(layers[name].channel_axis, _errors(run, layers[name], kept, moments[name]))
+        for name, kept in specs.items() if kept
+    }  # fmt: skip
+    batch = run.prepared.batch or BATCH
+    found = channel_divergences(
+        run.quantizer.float_graph, _inputs(run), changes, batch_size=batch, seed=run.seed("rows")
+    )  # fmt: skip
+    return {
+        name: RowChoices(
+            specs[name], _costs(run, layers[name], specs[name]), values.numpy(), layers[name].weights < SMALLEST
+        )
+        for name, values in found.items()
+    }  # fmt: skip
+
+
+def row_formats(formats: Sequence[WeightSpec]) -> tuple[WeightSpec, ...]:
+    """Those that are worth a part of their own: of each width and quantizer the one of least squared error."""
+    kept = [spec for spec in formats if row_capable(spec)]
+    return tuple(s for s in kept if not (s.scale == "max" and replace(s, scale="mse") in kept))
+
+
+def _costs(run: Run, layer: Layer, specs: Sequence[WeightSpec]) -> dict[str, NDArray[np.float64]]:
+    prices = [price(run, layer, spec) for spec in specs]
+    return {column: np.array([one[column] for one in prices]) / layer.channels for column in ("code_bits", "bytes")}
+
+
+def _errors(run: Run, layer: Layer, specs: Sequence[WeightSpec], moment: Tensor) -> Tensor:
+    """``W_q - W`` in every format, (formats, *weight): one run of GPTQ over copies of every row, one in each format."""
+    weight = run.quantizer.weight(layer)
+    rows = as_rows(weight, layer.channel_axis, layer.groups)
+    copies = rows[:, None].expand(-1, len(specs), -1, -1).flatten(0, 2)
+    wanted = [spec for _ in range(layer.groups) for spec in specs for _ in range(rows.shape[1])]
+    like = quantize_weight(copies, WeightSpec.of_rows(wanted), where=layer.name)
+    found = gptq(copies, like, moment, scale_search=False).dequantize() - copies
+    by_format = found.reshape(layer.groups, len(specs), *rows.shape[1:]).transpose(0, 1)
+    return torch.stack([as_stored(one, weight.shape, layer.channel_axis) for one in by_format])
+
+
+def _moments(run: Run) -> dict[str, Tensor]:
+    images = run.normalisation(moment_images(run))
+    observe = ObserveMoments(whole_batches(images, run.prepared.batch), run.prepared.batch or BATCH, centred=True)
+    Pipeline((observe,), run.quantizer.sample)(run.quantizer.float_graph)
+    return observe.moments
+
+
+def _inputs(run: Run) -> Tensor:
+    clean, adversarial = probe_images(run, "calibrate")
+    images = clean if adversarial is None else torch.cat([clean, adversarial])
+    return whole_batches(run.normalisation(images), run.prepared.batch)
