@@ -10,7 +10,7 @@ from torch import Tensor
 from qopt.attacks.attack import Classifier
 from qopt.errors import DataError, ModelError
 
-BATCH_SIZE = 250
+BATCH_SIZE = 64
 """Images per forward pass where the caller does not say."""
 
 

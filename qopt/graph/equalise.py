@@ -159,11 +159,12 @@ def _next_node(value: ir.Value, layer: Layer) -> ir.Node | None:
     """The first node after a layer that is not homogeneous, where it alone reads the layer's channels."""
     while len(value.uses()) == 1 and not value.is_graph_output():
         (use,) = value.uses()
-        node = use.node
+        node, axis = use.node, _axis(layer.op, value)
         if node.op_type not in _ELEMENTWISE | _POOLS | _RESHAPES:
-            return node if use.idx == 0 and _channel_axis(value, layer) == _read_axis(node, value) else None
+            same = axis is not None and axis == _axis(node.op_type, value)
+            return node if use.idx == 0 and same else None
         keeps = node.op_type in _ELEMENTWISE or (
-            _channel_axis(value, layer) == 1 and (node.op_type in _POOLS or _flattens(value, node.outputs[0]))
+            axis == 1 and (node.op_type in _POOLS or _flattens(value, node.outputs[0]))
         )
         others = [output for output in node.outputs[1:] if output.uses() or output.is_graph_output()]
         if use.idx or not keeps or others:
@@ -172,16 +173,11 @@ def _next_node(value: ir.Value, layer: Layer) -> ir.Node | None:
     return None
 
 
-def _channel_axis(value: ir.Value, layer: Layer) -> int | None:
-    """The axis that the layer's channels are on: the second of convolutions, the last of products."""
-    rank = None if value.shape is None else len(value.shape)
-    return 1 if layer.op == "Conv" else None if rank is None else rank - 1
-
-
-def _read_axis(node: ir.Node, value: ir.Value) -> int | None:
-    """The axis that a layer's node reads as its input channels."""
-    rank = None if value.shape is None else len(value.shape)
-    return 1 if node.op_type == "Conv" else None if rank is None else rank - 1
+def _axis(op_type: str, value: ir.Value) -> int | None:
+    """The axis of channels before and behind a layer: the second of convolutions, the last of products if known."""
+    if op_type == "Conv":
+        return 1
+    return None if value.shape is None else len(value.shape) - 1
 
 
 def _flattens(source: ir.Value, result: ir.Value) -> bool:

@@ -41,7 +41,8 @@ class RoundAdaRound:
     Attributes:
         images: float32 (n, ...), as the network takes them; whole batches where the graph takes one batch size only.
         reference: the float graph with the same layers and node names.
-        batch_size: images per run and per training step.
+        batch_size: images per run and per training step. Means are taken over a batch in training: where ``centred``, a
+            matrix product that sees a single row of each batch has no error left to train on and keeps its codes.
         steps: training steps per block.
         learning_rate: of Adam, on the V of `SoftRounding`.
         regulariser: weight of the penalty, a mean over weights, against the error in parts of the starting one.
@@ -63,9 +64,9 @@ class RoundAdaRound:
     images: Tensor
     reference: GraphModule
     batch_size: int = 32
-    steps: int = 400
+    steps: int = 500
     learning_rate: float = 0.1
-    regulariser: float = 30.0
+    regulariser: float = 100.0
     warm_up: float = 0.2
     target: Target = "float"
     granularity: Granularity = "layer"

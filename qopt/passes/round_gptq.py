@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -16,13 +16,17 @@ from qopt.passes.base import Result
 from qopt.passes.correct_biases import BiasCorrector, ChannelMeans
 from qopt.passes.insert_weight_quantizers import WeightQuantizer
 from qopt.passes.layer_inputs import InputMoment, has_rows, input_rows
-from qopt.passes.nodes import constant_of, is_layer, weight_source
+from qopt.passes.nodes import constant_of, is_layer, op_of, weight_source
 from qopt.passes.watcher import Watcher
 from qopt.quant import AnyWeight
 from qopt.quant.gptq import Order, gptq
 from qopt.quant.retarget import retargeted
 
 Target = Literal["own", "float"]
+
+POSITIONS = 1 << 17
+POSITIONS_PER_COLUMN = 64
+"""Inputs that are enough for the moments of a layer: images with thousands of positions need not all be looked at."""
 
 
 @final
@@ -155,10 +159,12 @@ class _Rounder(BiasCorrector):
     def _moments(self, node: Node, call: Node) -> tuple[Tensor, Tensor | None] | None:
         """The second moment of the layer's inputs and, where asked for, the one with the float network's."""
         own, cross = InputMoment(), InputMoment()
-        for environment, floats in zip(self.environments, self._reference.environments, strict=True):
+        pairs_of_batches = list(zip(self.environments, self._reference.environments, strict=True))
+        args = self.arguments(node, self.environments[0])
+        if not has_rows(node, args):
+            return None
+        for environment, floats in pairs_of_batches[:: _stride(node, args, len(pairs_of_batches))]:
             args = self.arguments(node, environment)
-            if not has_rows(node, args):
-                return None
             if self._options.target == "own":
                 for rows in input_rows(node, args):
                     own.add(rows)
@@ -181,6 +187,18 @@ class _Rounder(BiasCorrector):
             self.env[step] = self.run_node(step)
         for environment in self.environments:
             environment[chain[0]] = self.env[chain[0]]
+
+
+def _stride(node: Node, args: Sequence[Any], batches: int) -> int:
+    """Every how many batches are enough for `POSITIONS` inputs."""
+    x, weight = args[:2]
+    if op_of(node) == "Conv":
+        positions = x[:, 0].numel() // math.prod(args[3])  # the padding counts as the border that it covers
+        columns = weight[0].numel()
+    else:
+        positions, columns = x.numel() // x.shape[-1], x.shape[-1]
+    needed = max(POSITIONS, POSITIONS_PER_COLUMN * columns)
+    return max(1, int(batches * positions // needed))
 
 
 def _node(argument: object) -> Node:

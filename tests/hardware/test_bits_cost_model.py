@@ -58,7 +58,7 @@ def test_by_hand() -> None:
 
 
 def test_rows_by_hand() -> None:
-    """8 channels of 9 weights: codes of each format by themselves, a scale per channel, the order where it is needed."""
+    """8 channels of 9 weights: codes of each format by themselves, scales, and the order where it is needed."""
     layer, model = described("a", 8, 9), BitsModel()
     sorted_rows, mixed = WeightSpec.parse("rows(int8*3,ternary*5)"), WeightSpec.parse("rows(int8*2,ternary*5,int8)")
     code_bits, size = pytest.approx(27 * 8 + 45 * 1.6), 27.0 + 9.0 + 32.0

@@ -28,7 +28,7 @@ from qopt.passes.nodes import is_layer, op_of, weight_source
 from qopt.passes.round_adaround import RoundAdaRound
 from qopt.passes.round_gptq import RoundGPTQ
 from qopt.plan import uniform
-from qopt.quant import QuantizedWeight, quantize_weight
+from qopt.quant import QuantizedRows, QuantizedWeight, quantize_weight
 from qopt.quantize import Quantizer
 from qopt.spec import ActivationSpec, WeightSpec
 
@@ -274,6 +274,24 @@ class TestWhatStays:
             assert step(twin).notes == (f"1 weights rounded by AdaRound, {granularity} by {granularity}",)
             assert set(step.weights) == {"w2"}
             assert set(step.biases) == {("w2", 0)}
+
+    @pytest.mark.parametrize("granularity", ["layer", "block"])
+    def test_rows_of_several_formats_keep_their_codes(
+        self, granularity: Any, networks: dict[str, Prepared], images: Images
+    ) -> None:
+        """The layers around them are trained all the same, and their biases corrected too."""
+        case = Case.of(networks["plain"], images(networks["plain"], 32), "int2")
+        rows = f"rows({','.join(['int4', 'int2', 'ternary'] * 2)})"
+        layer = case.prepared.layer("w2")
+        kept = quantize_weight(case.quantizer.weight(layer), WeightSpec.parse(rows), layer.channel_axis)
+        assert isinstance(kept, QuantizedRows)
+        before = {name: module.weight for name, module in case.quantizers().items()}
+        case.quantizers()["w2"].weight = kept
+        step = case.step(granularity=granularity)
+        assert step(case.twin).notes[1] == "codes kept, no one block trains them: w2"
+        assert step.weights["w2"] is kept is case.quantizers()["w2"].weight
+        assert ("w2", 0) in step.biases
+        assert any(not torch.equal(step.weights[n].dequantize(), before[n].dequantize()) for n in ("w1", "w3"))
 
     def test_a_graph_without_codes_is_not_changed(self, networks: dict[str, Prepared], images: Images) -> None:
         quantizer = Quantizer(networks["plain"])
