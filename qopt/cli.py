@@ -99,6 +99,9 @@ def optimize(
     ] = None,
     rounding: Annotated[str, typer.Option(help="auto (measured), nearest, gptq or adaround.")] = "auto",
     bias_correction: Annotated[str, typer.Option(help="auto (measured), on or off.")] = "auto",
+    equalisation: Annotated[
+        bool, typer.Option("--equalisation", help="Even out the ranges of channels between layers first.")
+    ] = False,
     rows: Annotated[str, typer.Option(help="Formats per output channel: auto (measured), on or off.")] = "auto",
     effort: Annotated[str, typer.Option(help="How much auto tries: fast, normal or max.")] = "normal",
     mean: Annotated[str, typer.Option(help="Per-channel mean, where normalisation lies outside.")] = "",
@@ -127,7 +130,7 @@ def optimize(
         "target": target, "robust": robust, "norm": norm, "eps": eps, "limits": tuple(limit or ()),
         "gates": tuple(gate) if gate else None, "search": search, "thresholds": thresholds, "threshold": threshold,
         "activations": activations, "rounding": rounding, "bias_correction": bias_correction,
-        "rows": rows, "effort": effort, "seed": seed,
+        "equalisation": equalisation, "rows": rows, "effort": effort, "seed": seed,
         "mean": _numbers(mean, "--mean"), "std": _numbers(std, "--std"), "calibration": calibration,
         "calibration_images": calibration_images, "probe_images": probe_images, "attack_images": attack_images,
     }  # fmt: skip

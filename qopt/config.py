@@ -57,6 +57,7 @@ class Options:
         rounding: how weights become codes: ``nearest``, ``gptq``, ``adaround``, or ``auto``, which measures on the
             select images.
         bias_correction: ``auto`` chooses by measurement on the select images.
+        equalisation: whether the ranges of channels are evened out between layers first (cross-layer equalisation).
         rows: whether the output channels of one layer may have different formats; ``auto`` chooses by measurement on
             the select images, and leaves them one format where thresholds are asked for, which look at whole layers.
         effort: how much ``auto`` tries: ``fast`` rounds to nearest only, ``normal`` also by GPTQ, ``max`` also by GPTQ
@@ -84,6 +85,7 @@ class Options:
     baselines: tuple[str, ...] = ("int4:max",)
     rounding: Rounding = "auto"
     bias_correction: BiasCorrection = "auto"
+    equalisation: bool = False
     rows: Rows = "auto"
     effort: Effort = "normal"
     mean: tuple[float, ...] = ()

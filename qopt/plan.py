@@ -52,9 +52,11 @@ class Plan(Document):
         ranges: tensor name to the calibrated ``(low, high)``; tensors without one are calibrated from data.
         ties: groups of layers that must share one format.
         rounding: how weights become codes: each to the nearest level, by GPTQ on the inputs of its layer, or by
-            AdaRound, which is trained on the outputs of the layer and starts where GPTQ ends.
+            AdaRound, which is trained on the outputs of blocks of layers and starts where GPTQ ends.
         bias_correction: whether the biases absorb the mean shift that quantized weights cause.
-        model: SHA-256 of the prepared graph the plan was made for, or empty for a plan that fits any.
+        equalisation: whether the ranges of channels are evened out between layers before anything is rounded.
+        model: SHA-256 of the prepared graph the plan was made for (equalised where it is), or empty for a plan that fits
+            any.
         data: SHA-256 of the images that calibrated it, or empty.
         reasons: layer name to why it got its format.
     """
@@ -67,6 +69,7 @@ class Plan(Document):
     ties: list[list[str]] = Field(default_factory=list)
     rounding: Literal["nearest", "gptq", "adaround"] = "nearest"
     bias_correction: bool = False
+    equalisation: bool = False
     model: str = ""
     data: str = ""
     reasons: dict[str, str] = Field(default_factory=dict)

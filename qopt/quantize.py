@@ -215,7 +215,11 @@ class Quantizer:
         ]
         if plan.rounding == "adaround":
             small = self.prepared.batch or ADAROUND_BATCH
-            found.append(RoundAdaRound(images, self.float_graph, small, seed=derive(0, "adaround"), centred=centred))
+            found.append(
+                RoundAdaRound(
+                    images, self.float_graph, small, granularity="block", seed=derive(0, "adaround"), centred=centred
+                )
+            )
         return found
 
     def _images(self, most: int, networks: int, what: str, key: str) -> Tensor:

@@ -61,7 +61,10 @@ class Additions:
         return node
 
     def place(self, packed: Subgraph, before: ir.Node) -> None:
-        """Put a packed weight in front of the node that reads it first."""
+        """Put a packed weight in front of the node that reads it first; only its last node gets a name.
+
+        ONNX asks for the names of values only, and those of nodes would be half the structure of a small file.
+        """
         for name, value in packed.tables.items():
             assert value.const_value is not None
             value.replace_all_uses_with(self.shared(name, np.asarray(value.const_value.numpy())))
@@ -72,3 +75,5 @@ class Additions:
             node.name = self.name(str(node.name))
             node.outputs[0].name = node.name
         self.graph.insert_before(before, packed.nodes)
+        for node in packed.nodes[:-1]:
+            node.name = ""

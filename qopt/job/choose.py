@@ -25,8 +25,8 @@ from qopt.search.thresholds import Filtered, Thresholds, apply_thresholds
 from qopt.search.uniform import UniformSearch
 from qopt.spec import FLOAT_ACTIVATION, WeightSpec
 
-TIGHTENED = (0.85, 0.7)
-"""Shares of the limits under which the search runs again, for plans to measure beside the first."""
+TIGHTENED = {"normal": (0.85,), "max": (0.85, 0.7)}
+"""By effort, shares of the limits under which the search runs again, for plans to measure beside the first."""
 
 
 @final
@@ -113,7 +113,7 @@ def _plans(run: Run, strategy: Strategy, space: Space, filtered: Filtered, outco
     """
     activations = run.target.activations if run.data is not None else FLOAT_ACTIVATION
     data = "" if run.data is None else run.data.digest
-    base = uniform(activations=activations, model=run.prepared.digest, data=data)
+    base = uniform(activations=activations, model=run.prepared.digest, data=data, equalisation=run.options.equalisation)
     found = {} if run.options.rows == "on" else {strategy.name: outcome}
     if run.data is not None and strategy.name == "greedy":
         if run.options.effort != "fast" and found:
@@ -156,7 +156,7 @@ def _tightened(run: Run, strategy: Strategy, space: Space) -> dict[str, Outcome]
     """The search under tightened limits, the thresholds applied anew: they may have to be relaxed for them."""
     thresholds = resolve_thresholds(run.options, run.data is not None)
     found = {}
-    for share in TIGHTENED:
+    for share in TIGHTENED[run.options.effort]:
         limits = tuple(replace(limit, bound=limit.bound * share) for limit in space.limits)
         with suppress(InfeasibleError):
             tight = apply_thresholds(replace(space, limits=limits), thresholds)

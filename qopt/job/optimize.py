@@ -17,6 +17,7 @@ from qopt.config import Options
 from qopt.data import Data, Split
 from qopt.errors import DataError, UnsupportedModelError, UsageError, VerificationError
 from qopt.graph.compare import TOLERANCE, matches_onnxruntime
+from qopt.graph.equalise import equalise
 from qopt.graph.model import Prepared
 from qopt.graph.prepare import prepare
 from qopt.hardware.targets import Target, parse_target
@@ -119,7 +120,9 @@ def start(task: Task, cache: Cache, progress: Progress) -> Run:
     data, options = task.data, task.options
     target = _target(options)
     progress("prepare the model")
-    prepared = prepare(task.model)
+    prepared, notes = prepare(task.model), list[str]()
+    if options.equalisation if task.plan is None else task.plan.equalisation:
+        prepared, notes = equalise(prepared)
     if not prepared.layers:
         raise _no_layers(prepared, task.name)
     if data is None:
@@ -131,7 +134,7 @@ def start(task: Task, cache: Cache, progress: Progress) -> Run:
         _check_labels(shaped, prepared.classes)
         images = torch.from_numpy(shaped.calibrate.first(options.calibration_images).images)
         calibration = whole_batches(normalisation(images), prepared.batch)
-    quantizer = Quantizer(prepared, calibration)
+    quantizer = Quantizer(prepared, calibration, notes=notes)
     _check_twin(prepared, quantizer)
     run = Run(
         task.name, prepared, quantizer, shaped, options, target, _threat(options, prepared), cache, progress, task.plan
@@ -139,7 +142,7 @@ def start(task: Task, cache: Cache, progress: Progress) -> Run:
     if shaped is not None and options.calibrated_on != "clean":
         progress(f"{options.calibrated_on} images to calibrate on")
         images = normalisation(_attacked_calibration(run, shaped.calibrate.first(options.calibration_images)))
-        run = replace(run, quantizer=Quantizer(prepared, whole_batches(images, prepared.batch)))
+        run = replace(run, quantizer=Quantizer(prepared, whole_batches(images, prepared.batch), notes=notes))
     if data is None and options.robust:
         run.left_out.append("adversarial sensitivities, attacks and gates: they need --data")
     return run

@@ -26,6 +26,9 @@ from qopt.spec import WeightSpec
 MOMENT_IMAGES = 64
 """Clean and as many adversarial images on which input moments are observed."""
 
+SENSITIVITY_IMAGES = 128
+"""Images on which layers are quantized one at a time: sensitivities differ by orders of magnitude."""
+
 Sensitivities = Mapping[tuple[str, WeightSpec], float]
 
 
@@ -120,6 +123,7 @@ def _sensitivities(run: Run, candidates: Mapping[str, tuple[WeightSpec, ...]]) -
     run.progress("sensitivity of every layer and format")
     clean, adversarial = probe_images(run, "calibrate")
     images = clean if adversarial is None else _hardest(clean, adversarial, withstood(run, "calibrate"))
+    images = images[:SENSITIVITY_IMAGES]
     pairs = [(name, spec) for name, specs in candidates.items() for spec in specs]
     key = {
         "model": run.prepared.digest, "images": digest_arrays(images.numpy()), "pairs": [[n, str(s)] for n, s in pairs],

@@ -24,7 +24,7 @@ from qopt.quant.retarget import retargeted
 
 Target = Literal["own", "float"]
 
-POSITIONS = 1 << 17
+POSITIONS = 1 << 15
 POSITIONS_PER_COLUMN = 64
 """Inputs that are enough for the moments of a layer: images with thousands of positions need not all be looked at."""
 

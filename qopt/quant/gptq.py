@@ -10,6 +10,7 @@ Rows know nothing of each other, so that each has its own levels: those of its f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, final
 
@@ -66,9 +67,8 @@ def gptq(
     best = problem.given(like)
     best = problem.better(best, problem.rounded(best.scale))
     if scale_search:
-        given = best.scale
-        for multiple in MULTIPLES:
-            best = problem.better(best, problem.rounded(given * multiple))
+        for codes in problem.rounded_under([best.scale * multiple for multiple in MULTIPLES]):
+            best = problem.better(best, codes)
         for _ in range(REFINEMENTS):
             best = problem.better(best, problem.rescaled(best))
             best = problem.better(best, problem.rounded(best.scale))
@@ -141,6 +141,15 @@ class _Problem:
         rows = max(1, ELEMENTS // (self.target.shape[0] * self.target.shape[2]))
         parts = zip(*(torch.split(tensor, rows, 1) for tensor in (self.target, scale, self.levels)), strict=True)
         return self._judged(torch.cat([self._compensated(*part) for part in parts], 1), scale)
+
+    def rounded_under(self, scales: Sequence[Tensor]) -> list[_Codes]:
+        """What `rounded` finds for each of several scales; small matrices side by side, to walk their columns once."""
+        if self.target.numel() * len(scales) > ELEMENTS:
+            return [self.rounded(scale) for scale in scales]
+        stored = [_storable(scale) for scale in scales]
+        target, levels = (tensor.repeat(1, len(scales), 1) for tensor in (self.target, self.levels))
+        found = self._compensated(target, torch.cat(stored, 1), levels)
+        return [self._judged(index, scale) for index, scale in zip(found.chunk(len(scales), 1), stored, strict=True)]
 
     def rescaled(self, codes: _Codes) -> _Codes:
         """The same codes under their best scale, ``u H w / u H u`` for multiples u; unused where it would be zero."""

@@ -17,8 +17,16 @@ BATCH = 250
 
 
 def to_bytes(model: ir.Model) -> bytes:
-    """The model as a serialized ONNX protobuf; deterministic for equal models."""
-    return bytes(ir.serde.serialize_model(model).SerializeToString(deterministic=True))
+    """The model as a serialized ONNX protobuf; deterministic for equal models.
+
+    Initializers say themselves of what type and shape they are: what onnx_ir notes beside them is left out.
+    """
+    proto = ir.serde.serialize_model(model)
+    stored = {tensor.name for tensor in proto.graph.initializer}
+    kept = [value for value in proto.graph.value_info if value.name not in stored]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(kept)
+    return bytes(proto.SerializeToString(deterministic=True))
 
 
 def open_session(model: bytes | Path, *, threads: int = 1, optimized: Path | None = None) -> ort.InferenceSession:
