@@ -55,8 +55,8 @@ class Plan(Document):
             AdaRound, which is trained on the outputs of blocks of layers and starts where GPTQ ends.
         bias_correction: whether the biases absorb the mean shift that quantized weights cause.
         equalisation: whether the ranges of channels are evened out between layers before anything is rounded.
-        model: SHA-256 of the prepared graph the plan was made for (equalised where it is), or empty for a plan that fits
-            any.
+        model: SHA-256 of the prepared and, where asked for, equalised graph that the plan was made for, or empty for a
+            plan that fits any.
         data: SHA-256 of the images that calibrated it, or empty.
         reasons: layer name to why it got its format.
     """

@@ -37,7 +37,7 @@ def _layers(report: Report) -> Table:
         table.add_column(header, justify="right", no_wrap=True)
     for row in report.layers:
         table.add_row(
-            row.name, row.op, row.format, str(row.container_bits), f"{row.norm_w:.3g}", f"{row.norm_dw:.3g}",
+            row.name, row.op, row.shown_format, f"{row.container_bits:.4g}", f"{row.norm_w:.3g}", f"{row.norm_dw:.3g}",
             f"{row.macs:,}",
         )  # fmt: skip
     return table

@@ -98,8 +98,8 @@ def _size(report: Report) -> str:
 def _layers(report: Report) -> str:
     rows = [
         [
-            row.name, row.op, "x".join(map(str, row.shape)), row.format, str(row.container_bits), f"{row.norm_w:.3g}",
-            f"{row.norm_dw:.3g}", f"{row.macs:,}", "yes" if row.integer else "no", row.reason,
+            row.name, row.op, "x".join(map(str, row.shape)), row.shown_format, f"{row.container_bits:.4g}",
+            f"{row.norm_w:.3g}", f"{row.norm_dw:.3g}", f"{row.macs:,}", "yes" if row.integer else "no", row.reason,
         ]
         for row in report.layers
     ]  # fmt: skip

@@ -59,6 +59,11 @@ class LayerRow(Document):
     integer: bool
     reason: str
 
+    @property
+    def shown_format(self) -> str:
+        """The format as tables show it: of rows only the word, since ``reason`` counts them."""
+        return self.format.partition("(")[0]
+
 
 @final
 class ActivationRow(Document):

@@ -42,6 +42,7 @@ GOLDEN = """{
   ],
   "rounding": "nearest",
   "bias_correction": true,
+  "equalisation": false,
   "model": "ab",
   "data": "",
   "reasons": {
@@ -257,6 +258,7 @@ CHANGES: list[dict[str, Any]] = [
     {"ties": []},
     {"rounding": "gptq"},
     {"bias_correction": False},
+    {"equalisation": True},
     {"model": ""},
     {"data": "cd"},
 ]
@@ -289,7 +291,7 @@ def test_globs_in_another_order_are_another_plan() -> None:
 
 
 def test_the_digest_is_fixed_forever() -> None:
-    assert example().digest == "abc7c5470f17b33901332fdb48a4d07da577393c90498f532fc0b7220f25f67c"
+    assert example().digest == "3ad79fa15faba96b0952e443e32153333b8c7e42cc15d9fc013d300e81fe7fc7"
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_every_format_compiles(example_onnx: Path, kind: Any, bits: int) -> None
         ({"model": "0" * 64}, "the plan was made for another model"),
         ({"bias_correction": True, "defaults": {"weights": "int4"}}, "bias correction needs images"),
         ({"rounding": "gptq", "defaults": {"weights": "int4"}}, "rounding by GPTQ needs images"),
-        ({"rounding": "adaround"}, "rounding"),
+        ({"rounding": "upwards"}, "rounding"),
     ],
 )
 def test_a_plan_that_does_not_fit(example_onnx: Path, tmp_path: Path, plan: dict[str, Any], words: str) -> None:

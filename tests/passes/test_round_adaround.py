@@ -413,6 +413,7 @@ class TestErrors:
 
 
 @pytest.mark.assets
+@pytest.mark.slow
 def test_resnet20_is_no_worse_than_gptq() -> None:
     """Two bits everywhere, activations to 8 bits: closer to float than GPTQ with bias correction on other images."""
     if not os.environ.get("QOPT_ASSETS"):

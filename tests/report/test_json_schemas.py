@@ -117,7 +117,7 @@ WRONG_PLANS = [
     ('{"ranges": {"a": [1]}}', ".ranges.a: 1 items"),
     ('{"ranges": {"a": [1, "2"]}}', ".ranges.a.1: no number"),
     ('{"ties": ["a"]}', ".ties.0: no array"),
-    ('{"rounding": "up"}', ".rounding: not one of ['nearest', 'gptq']"),
+    ('{"rounding": "up"}', ".rounding: not one of ['nearest', 'gptq', 'adaround']"),
     ('{"bias_correction": 1}', ".bias_correction: no boolean"),
 ]
 
