@@ -12,10 +12,8 @@ from torch import Tensor
 
 from qopt.graph.model import Layer
 from qopt.job.run import Run
-from qopt.job.space import moment_images, price, probe_images
+from qopt.job.space import BATCH, input_moments, price, probe_images
 from qopt.measure.fisher import Change, channel_divergences
-from qopt.passes.base import Pipeline
-from qopt.passes.observe_moments import ObserveMoments
 from qopt.quant import quantize_weight
 from qopt.quant.gptq import as_rows, as_stored, gptq
 from qopt.quantize import whole_batches
@@ -25,9 +23,6 @@ from qopt.spec import WeightSpec
 SMALLEST = 1 << 14
 """Weights of the smallest layer whose rows may differ: every format more adds some 500 bytes of nodes to the file."""
 
-BATCH = 32
-"""Images whose activations and gradients are in memory at once."""
-
 
 def row_choices(run: Run, formats: Mapping[str, Sequence[WeightSpec]]) -> dict[str, RowChoices]:
     """Layer to the formats among ``formats`` that its rows can have; layers whose inputs have no moment are absent.
@@ -36,7 +31,7 @@ def row_choices(run: Run, formats: Mapping[str, Sequence[WeightSpec]]) -> dict[s
     what the plan will get, where rounding to nearest would overrate the errors of few bits several times.
     """
     run.progress("divergence of every row and format")
-    moments = _moments(run)
+    moments = input_moments(run, centred=True)
     layers = {layer.name: layer for layer in run.prepared.layers}
     specs = {name: row_formats(formats[name]) for name in layers if name in moments}
     changes = {
@@ -76,13 +71,6 @@ def _errors(run: Run, layer: Layer, specs: Sequence[WeightSpec], moment: Tensor)
     found = gptq(copies, like, moment, scale_search=False).dequantize() - copies
     by_format = found.reshape(layer.groups, len(specs), *rows.shape[1:]).transpose(0, 1)
     return torch.stack([as_stored(one, weight.shape, layer.channel_axis) for one in by_format])
-
-
-def _moments(run: Run) -> dict[str, Tensor]:
-    images = run.normalisation(moment_images(run))
-    observe = ObserveMoments(whole_batches(images, run.prepared.batch), run.prepared.batch or BATCH, centred=True)
-    Pipeline((observe,), run.quantizer.sample)(run.quantizer.float_graph)
-    return observe.moments
 
 
 def _inputs(run: Run) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import final
 
 import numpy as np
@@ -16,10 +16,12 @@ from qopt.cache import Cache, digest_arrays
 from qopt.config import Options
 from qopt.data import Data, Split
 from qopt.graph.model import Prepared
+from qopt.hardware.cost_model import CostModel
 from qopt.hardware.targets import Target
 from qopt.measure.network import Normalisation, TwinClassifier
 from qopt.measure.robustness import BATCH
 from qopt.plan import Plan
+from qopt.plugins import load
 from qopt.quantize import Quantizer
 from qopt.seeds import derive
 from qopt.threat import ThreatModel
@@ -75,9 +77,10 @@ class Run:
         """The float network with gradients."""
         return TwinClassifier(self.quantizer.float_graph, self.normalisation, self.prepared.batch)
 
-    def private_twin(self) -> TwinClassifier:
-        """The float network over a copy of its graph whose weights may be overwritten."""
-        return TwinClassifier(copy.deepcopy(self.quantizer.float_graph), self.normalisation, self.prepared.batch)
+    @cached_property
+    def cost_models(self) -> tuple[CostModel, ...]:
+        """The target's cost models, loaded once."""
+        return tuple(load("qopt.cost_models", name, "--target")() for name in self.target.cost_models)
 
     def seed(self, *names: str | int) -> int:
         """The seed for one use of chance."""

@@ -11,20 +11,22 @@ from torch import Tensor
 from qopt.cache import digest_arrays
 from qopt.data import Split
 from qopt.graph.model import Layer
-from qopt.hardware.cost_model import CostModel, LayerDescription
+from qopt.hardware.cost_model import LayerDescription
 from qopt.job.run import Run
 from qopt.lipschitz import moment_root
 from qopt.measure.divergence import Probe, layer_sensitivities
 from qopt.measure.norms import candidate_norms, layer_norms, weighted_error
 from qopt.passes.base import Pipeline
 from qopt.passes.observe_moments import ObserveMoments
-from qopt.plugins import load
 from qopt.quantize import whole_batches
 from qopt.search.space import Candidate, LayerSpace, Space
 from qopt.spec import WeightSpec
 
 MOMENT_IMAGES = 64
 """Clean and as many adversarial images on which input moments are observed."""
+
+BATCH = 32
+"""Images per run where the batch axis is dynamic: activations, and gradients where needed, are in memory at once."""
 
 SENSITIVITY_IMAGES = 128
 """Images on which layers are quantized one at a time: sensitivities differ by orders of magnitude."""
@@ -59,7 +61,7 @@ def capable(run: Run, formats: tuple[WeightSpec, ...]) -> dict[str, tuple[Weight
     found = {}
     for layer in run.prepared.layers:
         kept = formats
-        for model in _models(run):
+        for model in run.cost_models:
             kept = model.capabilities(describe(layer), kept)
         found[layer.name] = kept
     return found
@@ -67,11 +69,7 @@ def capable(run: Run, formats: tuple[WeightSpec, ...]) -> dict[str, tuple[Weight
 
 def price(run: Run, layer: Layer, spec: WeightSpec) -> dict[str, float]:
     """All that the cost models of the target ask for a layer in a format."""
-    return {k: v for model in _models(run) for k, v in model.layer_cost(describe(layer), spec).items()}
-
-
-def _models(run: Run) -> list[CostModel]:
-    return [load("qopt.cost_models", name, "--target")() for name in run.target.cost_models]
+    return {k: v for model in run.cost_models for k, v in model.layer_cost(describe(layer), spec).items()}
 
 
 def _layer_space(
@@ -131,7 +129,7 @@ def _sensitivities(run: Run, candidates: Mapping[str, tuple[WeightSpec, ...]]) -
     }  # fmt: skip
 
     def compute() -> dict[str, np.ndarray]:
-        twin = run.private_twin()
+        twin = run.float_twin
         found = layer_sensitivities(run.quantizer, twin, Probe.of(twin, images), candidates)
         return {"values": np.array([found[pair] for pair in pairs])}
 
@@ -144,17 +142,16 @@ def _hardest(clean: Tensor, adversarial: Tensor, held: Tensor) -> Tensor:
     return torch.where(held.view(-1, *[1] * (clean.ndim - 1)), adversarial, clean)
 
 
-def moment_images(run: Run) -> Tensor:
-    """The images on which input moments are observed, clean and adversarial alike; in [0, 1]."""
+def input_moments(run: Run, *, centred: bool) -> dict[str, Tensor]:
+    """Second moments, or covariances, of every layer's inputs over clean and adversarial images alike."""
     clean, adversarial = probe_images(run, "calibrate")
     parts = [clean[:MOMENT_IMAGES]] + ([] if adversarial is None else [adversarial[:MOMENT_IMAGES]])
-    return torch.cat(parts)
+    images = whole_batches(run.normalisation(torch.cat(parts)), run.prepared.batch)
+    observe = ObserveMoments(images, run.prepared.batch or BATCH, centred)
+    Pipeline((observe,), run.quantizer.sample)(run.quantizer.float_graph)
+    return observe.moments
 
 
 def _moment_roots(run: Run) -> dict[str, Tensor]:
-    """Roots of the second moments of every layer's inputs, over clean and adversarial images alike."""
     run.progress("second moments of layer inputs")
-    images = run.normalisation(moment_images(run))
-    observe = ObserveMoments(whole_batches(images, run.prepared.batch), run.prepared.batch or 32)
-    Pipeline((observe,), run.quantizer.sample)(run.quantizer.float_graph)
-    return {layer: moment_root(moment) for layer, moment in observe.moments.items()}
+    return {layer: moment_root(moment) for layer, moment in input_moments(run, centred=False).items()}

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from qopt.passes.annotate import ABSORBED
 from qopt.passes.blocks import Block
-from qopt.passes.nodes import activation_nodes, is_convolution, op_of, weight_source
+from qopt.passes.nodes import activation_nodes, is_convolution, op_of, weight_chain, weight_source
 from qopt.passes.watcher import SideBySide, Watcher
 from qopt.quant import QuantizedWeight
 
@@ -77,14 +77,6 @@ class BlockRun:
                 value = value + (target.means[node] - channel_means(node, value))
             values[node] = value
         return [values[node] - wanted for node, wanted in target.outputs.items()]
-
-
-def weight_chain(node: Node) -> list[Node]:
-    """From what a layer's weight comes from, through transposes, to the call's argument."""
-    chain = [node.args[1]]
-    while isinstance(chain[-1], Node) and chain[-1] is not weight_source(node):
-        chain.append(chain[-1].args[0])
-    return [step for step in reversed(chain) if isinstance(step, Node)]
 
 
 def constants(runner: Watcher, nodes: Sequence[Node]) -> dict[Node, Any]:

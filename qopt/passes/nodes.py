@@ -30,6 +30,14 @@ def weight_source(node: Node) -> Node:
     return _origin(node.args[1])
 
 
+def weight_chain(node: Node) -> list[Node]:
+    """From what a weighted call's weight comes from, through transposes, to the call's argument."""
+    chain, source = [node.args[1]], weight_source(node)
+    while isinstance(chain[-1], Node) and chain[-1] is not source:
+        chain.append(chain[-1].args[0])
+    return [step for step in reversed(chain) if isinstance(step, Node)]
+
+
 def bias_source(node: Node) -> Node | None:
     """The `get_attr` of a weighted call's bias, or None."""
     return _origin(node.args[2]) if len(node.args) > 2 and isinstance(node.args[2], Node) else None

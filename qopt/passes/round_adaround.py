@@ -14,11 +14,11 @@ from torch.fx import GraphModule, Node
 
 from qopt.errors import DataError, UsageError, VerificationError
 from qopt.passes.base import Result
-from qopt.passes.block_run import BlockRun, BlockTarget, channel_means, computed, constants, weight_chain
+from qopt.passes.block_run import BlockRun, BlockTarget, channel_means, computed, constants
 from qopt.passes.blocks import Block, Granularity, blocks
 from qopt.passes.correct_biases import BiasCorrector, ChannelMeans
 from qopt.passes.insert_weight_quantizers import WeightQuantizer
-from qopt.passes.nodes import constant_of, is_layer, weight_source
+from qopt.passes.nodes import constant_of, is_layer, weight_chain, weight_source
 from qopt.quant import AnyWeight, QuantizedWeight
 from qopt.quant.adaround import SoftRounding, beta_at, mixed, penalty
 from qopt.seeds import derive
@@ -240,11 +240,7 @@ class _Rounder(BiasCorrector):
         for node in block.layers:
             chain = weight_chain(node)
             if chain[-1] in self.environments[0]:
-                self.env = {}
-                for step in chain:
-                    self.env[step] = self.run_node(step)
-                for environment in self.environments:
-                    environment[chain[-1]] = self.env[chain[-1]]
+                self.refresh(chain)
 
 
 def _first_use(block: Block, name: str) -> Node:

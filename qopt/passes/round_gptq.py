@@ -16,7 +16,7 @@ from qopt.passes.base import Result
 from qopt.passes.correct_biases import BiasCorrector, ChannelMeans
 from qopt.passes.insert_weight_quantizers import WeightQuantizer
 from qopt.passes.layer_inputs import InputMoment, has_rows, input_rows
-from qopt.passes.nodes import constant_of, is_layer, op_of, weight_source
+from qopt.passes.nodes import constant_of, is_layer, op_of, weight_chain, weight_source
 from qopt.passes.watcher import Watcher
 from qopt.quant import AnyWeight
 from qopt.quant.gptq import Order, gptq
@@ -137,7 +137,7 @@ class _Rounder(BiasCorrector):
         if source.op == "call_module":
             if layer not in self.codes:
                 self._round(node, call, source)
-            self._refresh(node, source)
+            self.refresh(weight_chain(node))
         self._reference.step(call)
 
     def layer(self, node: Node, outputs: list[Tensor]) -> list[Tensor]:
@@ -177,17 +177,6 @@ class _Rounder(BiasCorrector):
         found = _average([own, *later], self._options.centred)
         return found, _average([cross, *later], self._options.centred) if self._options.target == "float" else None
 
-    def _refresh(self, node: Node, source: Node) -> None:
-        """Compute the weight of a call anew, and the transposes between it and the call."""
-        chain = [_node(node.args[1])]
-        while chain[-1] is not source:
-            chain.append(_node(chain[-1].args[0]))
-        self.env = {}
-        for step in reversed(chain):
-            self.env[step] = self.run_node(step)
-        for environment in self.environments:
-            environment[chain[0]] = self.env[chain[0]]
-
 
 def _stride(node: Node, args: Sequence[Any], batches: int) -> int:
     """Every how many batches are enough for `POSITIONS` inputs."""
@@ -199,11 +188,6 @@ def _stride(node: Node, args: Sequence[Any], batches: int) -> int:
         positions, columns = x.numel() // x.shape[-1], x.shape[-1]
     needed = max(POSITIONS, POSITIONS_PER_COLUMN * columns)
     return max(1, int(batches * positions // needed))
-
-
-def _node(argument: object) -> Node:
-    assert isinstance(argument, Node)
-    return argument
 
 
 def _later_uses(graph: GraphModule, options: RoundGPTQ) -> Mapping[str, Mapping[int, InputMoment]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, final
 
 import torch
@@ -65,6 +66,15 @@ class SideBySide(Watcher):
         self.env = environment
         args, _ = self.fetch_args_kwargs_from_env(node)
         return args
+
+    @final
+    def refresh(self, chain: Sequence[Node]) -> None:
+        """Compute nodes that follow one another and do not depend on the image anew; the last is read later."""
+        self.env = {}
+        for step in chain:
+            self.env[step] = self.run_node(step)
+        for environment in self.environments:
+            environment[chain[-1]] = self.env[chain[-1]]
 
     def before(self, node: Node) -> None:
         """Called when a layer is about to run."""

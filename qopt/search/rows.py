@@ -97,6 +97,6 @@ def _joined(specs: list[WeightSpec]) -> WeightSpec:
 
 
 def _reason(spec: WeightSpec) -> str:
-    counts = spec.row_counts or {spec: 1}
-    listed = ", ".join(f"{count} in {one}" for one, count in sorted(counts.items()))
-    return f"rows by divergence: {listed}" if spec.rows else "best in one format"
+    if not spec.rows:
+        return "best in one format"
+    return "rows by divergence: " + ", ".join(f"{count} in {row}" for row, count in sorted(spec.row_counts.items()))
