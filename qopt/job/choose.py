@@ -66,10 +66,8 @@ def choose(run: Run) -> Choice:
 
 def _apply_given(run: Run, plan: Plan) -> Choice:
     """The user's own plan: nothing is searched, every figure is measured."""
-    specs = plan.weight_specs([layer.name for layer in run.prepared.layers])
-    formats = tuple(dict.fromkeys(spec for spec in specs.values() if not spec.is_float))
     applied = run.quantizer.apply(plan)
-    space = build_space(run, formats, measured=False)
+    space = build_space(run, (), measured=False)
     facts = SearchFacts(
         strategy="none, the plan was given", sensitivity="not used", thresholds="none", factor=1.0, relaxed=[],
         gap=None, evaluated=[], notes=[],

@@ -120,19 +120,6 @@ def held(prepared: Prepared, quantized: Quantized) -> int:
     return sum(len(t.raw_data) for t in own if t.data_type != onnx.TensorProto.INT64)
 
 
-@pytest.fixture(scope="session")
-def three_layers(graph: Any) -> Prepared:
-    """Sizes that fill their last byte and sizes that do not, and no initializer besides weights."""
-    g = graph((3, 6, 6))
-    g.op("Conv", ["x", g.random("a.weight", 5, 3, 3, 3)], "a")
-    g.op("Relu", ["a"], "ar")
-    g.op("ConvTranspose", ["ar", g.random("b.weight", 5, 3, 1, 1)], "b")
-    g.op("Flatten", ["b"], "flat")
-    g.op("Gemm", ["flat", g.random("c.weight", 48, 7)], "logits")
-    prepared: Prepared = g.prepared()
-    return prepared
-
-
 POOL = [
     "int8",
     "int6",

@@ -21,19 +21,6 @@ FORMATS = [f"{kind}{bits}{option}" for kind in ("int", "log") for bits in range(
 FORMATS += ["ternary", "int2:full", "int3:mid", "int4:mid", "int4:narrow"]
 
 
-@pytest.fixture(scope="session")
-def three_layers(graph: Any) -> Prepared:
-    """Sizes that fill their last byte and sizes that do not, and no initializer besides weights."""
-    g = graph((3, 6, 6))
-    g.op("Conv", ["x", g.random("a.weight", 5, 3, 3, 3)], "a")
-    g.op("Relu", ["a"], "ar")
-    g.op("ConvTranspose", ["ar", g.random("b.weight", 5, 3, 1, 1)], "b")
-    g.op("Flatten", ["b"], "flat")
-    g.op("Gemm", ["flat", g.random("c.weight", 48, 7)], "logits")
-    prepared: Prepared = g.prepared()
-    return prepared
-
-
 CODES = {name: AffineRange.from_bounds(-1, 1, 8) for name in ("x", "ar", "b", "flat")}
 
 
