@@ -100,8 +100,8 @@ def optimize(
     rounding: Annotated[str, typer.Option(help="auto (measured), nearest, gptq or adaround.")] = "auto",
     bias_correction: Annotated[str, typer.Option(help="auto (measured), on or off.")] = "auto",
     equalisation: Annotated[
-        bool, typer.Option("--equalisation", help="Even out the ranges of channels between layers first.")
-    ] = False,
+        str, typer.Option(help="Even out channels between layers first: auto (measured at max), on or off.")
+    ] = "auto",
     rows: Annotated[str, typer.Option(help="Formats per output channel: auto (measured), on or off.")] = "auto",
     effort: Annotated[str, typer.Option(help="How much auto tries: fast, normal or max.")] = "normal",
     mean: Annotated[str, typer.Option(help="Per-channel mean, where normalisation lies outside.")] = "",

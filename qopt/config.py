@@ -15,6 +15,7 @@ ThresholdForm = Literal["auto", "paper", "relative", "weighted", "none"]
 BiasCorrection = Literal["auto", "on", "off"]
 Rounding = Literal["auto", "nearest", "gptq", "adaround"]
 Rows = Literal["auto", "on", "off"]
+Equalisation = Literal["auto", "on", "off"]
 Effort = Literal["fast", "normal", "max"]
 Calibration = Literal["auto", "clean", "adversarial", "mixed"]
 
@@ -23,6 +24,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "thresholds": get_args(ThresholdForm),
     "bias_correction": get_args(BiasCorrection),
     "rounding": get_args(Rounding),
+    "equalisation": get_args(Equalisation),
     "rows": get_args(Rows),
     "effort": get_args(Effort),
     "calibration": get_args(Calibration),
@@ -57,11 +59,12 @@ class Options:
         rounding: how weights become codes: ``nearest``, ``gptq``, ``adaround``, or ``auto``, which measures on the
             select images.
         bias_correction: ``auto`` chooses by measurement on the select images.
-        equalisation: whether the ranges of channels are evened out between layers first (cross-layer equalisation).
+        equalisation: whether the ranges of channels are evened out between layers first (cross-layer equalisation);
+            ``auto`` measures it on the select images at effort ``max`` and leaves it at any other.
         rows: whether the output channels of one layer may have different formats; ``auto`` chooses by measurement on
             the select images, and leaves them one format where thresholds are asked for, which look at whole layers.
         effort: how much ``auto`` tries: ``fast`` rounds to nearest only, ``normal`` also by GPTQ, ``max`` also by GPTQ
-            around the origin and by AdaRound, and a uniform plan beside the searched one.
+            around the origin and by AdaRound, and a uniform plan and an equalised network beside the searched one.
         mean: per-channel mean, where normalisation lies outside the network; ``std`` likewise.
         calibration: what the network is calibrated on: ``clean`` images, ``adversarial`` ones that PGD makes of them on
             the float network within the threat model, or ``mixed``, which takes every second image adversarial;
@@ -85,7 +88,7 @@ class Options:
     baselines: tuple[str, ...] = ("int4:max",)
     rounding: Rounding = "auto"
     bias_correction: BiasCorrection = "auto"
-    equalisation: bool = False
+    equalisation: Equalisation = "auto"
     rows: Rows = "auto"
     effort: Effort = "normal"
     mean: tuple[float, ...] = ()

@@ -12,6 +12,9 @@ from qopt.spec import Grid, WeightSpec
 SCALE_BYTES = 4
 """A scale is one float32."""
 
+ZERO_BYTES = 1
+"""A zero point, of asymmetric weights alone, is one uint8."""
+
 
 @final
 @dataclass(frozen=True)
@@ -59,13 +62,20 @@ class Stored:
 
     @property
     def bytes(self) -> int:
-        """Bytes of codes, scales and the order of rows; tables are shared by all tensors: see `table_bytes`."""
+        """Bytes of codes, scales, zero points and the order of rows; `table_bytes` has the tables, which all share."""
         if self.spec.rows:
             return sum(part.bytes for part in self.parts)
         if self.spec.is_float:
             return self.code_bytes
-        scales = self.channels if self.spec.granularity == "channel" else 1
-        return self.code_bytes + scales * SCALE_BYTES + self.order_bytes
+        each = SCALE_BYTES + (ZERO_BYTES if self.spec.asymmetric else 0)
+        return self.code_bytes + self.scales * each + self.order_bytes
+
+    @property
+    def scales(self) -> int:
+        """How many scales a weight with codes of one format has."""
+        if self.spec.granularity == "block":
+            return ceil(self.weights / self.spec.block)
+        return self.channels if self.spec.granularity == "channel" else 1
 
 
 def order_width(channels: int) -> int:
@@ -94,7 +104,7 @@ def table_bytes(spec: WeightSpec, grid: Grid = "auto") -> int:
 
 
 def stored_bytes(tensors: Iterable[Stored]) -> int:
-    """Bytes of all codes, scales and tables of a network; weights have no zero points.
+    """Bytes of all codes, scales, zero points and tables of a network.
 
     The shapes that a file spells out as integers beside them are structure, as strides are, and not counted.
     """
@@ -109,7 +119,7 @@ def _level_tables(spec: WeightSpec, grid: Grid) -> list[str]:
     if spec.quantizer != "linear":
         return [spec.short]
     chosen = spec.grid if spec.grid != "auto" else "narrow" if spec.scale == "max" else grid
-    linear = [spec.short] if spec.bits <= 3 and chosen != "mid" else []
+    linear = [spec.short] if spec.bits <= 3 and chosen not in ("mid", "asym") else []
     return linear + ([f"mid{spec.bits}"] if spec.bits <= 4 and chosen in ("mid", "auto") else [])
 
 

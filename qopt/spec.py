@@ -4,11 +4,15 @@ A weight spec is ``format [":" granularity] [":" scale] [":" grid]``, options in
 
 - format: ``int`` (linear) or ``log`` (power of two) and 1 to 8 bits; ``ternary``; ``float``, which leaves the weight as
   it is; or ``name@bits``, a quantizer that a plugin brings;
-- granularity: ``channel`` (a scale per output channel, the default) or ``tensor``;
+- granularity: ``channel`` (a scale per output channel, the default), ``tensor``, or ``block8`` to ``block1024``: one
+  for each so many weights of an output channel, in the order in which they are stored;
 - scale: ``mse`` (mean-square-optimal, the default) or ``max`` (max-abs);
 - grid of ``int`` with 2 bits and more under ``mse``: ``narrow`` (symmetric), ``full`` (two's complement, its longer
   side turned to either sign), ``mid`` (2**bits levels at odd multiples of half a step, none at zero; up to 4 bits) or
-  ``auto`` (the one of lowest squared error, the default). Under ``max`` the grid is narrow.
+  ``auto`` (the one of lowest squared error, the default). Under ``max`` the grid is narrow. With either scale ``asym``:
+  2**bits levels from the smallest to the largest weight, zero one of them; only asked for, never chosen by ``auto``.
+
+No integer kernel takes ``block`` or ``asym``: such a layer computes in float32.
 
 ``rows(int8*3,ternary*12,int4)`` gives each output channel its own format: a list of runs in the order of the channels,
 ``*1`` left out. Its formats have a scale per channel and levels that an integer kernel takes: ``int1`` to ``int8``,
@@ -29,23 +33,32 @@ from typing import Literal, NamedTuple, cast, final, get_args
 
 from qopt.errors import PlanError, UsageError
 
-Granularity = Literal["channel", "tensor"]
+Granularity = Literal["channel", "tensor", "block"]
 Scale = Literal["mse", "max"]
-Grid = Literal["auto", "narrow", "full", "mid"]
+Grid = Literal["auto", "narrow", "full", "mid", "asym"]
 Calibrator = Literal["percentile", "mse", "entropy", "clip1", "clip6"]
 
+SMALLEST_BLOCK = 8
+LARGEST_BLOCK = 1024
+"""Weights that may share a scale under the granularity ``block``."""
+
+_BLOCK = "block([89]|[1-9][0-9]{1,2}|10[01][0-9]|102[0-4])"
 _GRIDS = "auto|narrow|full|mid"
 _ONE = "[^,*)]*"  # never past the end of one format, nor of one run of rows
-_NOT_TWICE = "".join(f"(?!{_ONE}:({group}){_ONE}:({group}))" for group in ("tensor|channel", "max|mse", _GRIDS))
+_GROUPS = ("tensor|channel|block", "max|mse", f"{_GRIDS}|asym")
+_NOT_TWICE = "".join(f"(?!{_ONE}:({group}){_ONE}:({group}))" for group in _GROUPS)
 _ALLOWED = rf"{_NOT_TWICE}(?!{_ONE}:max{_ONE}:({_GRIDS}))(?!{_ONE}:({_GRIDS}){_ONE}:max)"
 _PLUGIN = r"(?!(float|int|log|ternary|linear|binary|rows)@)[a-z][a-z0-9_]*@"
 
 
-def _formats(most: int, either: str) -> str:
-    """Formats with codes; ``most`` bits of those that have a table, ``either`` the options that all of them take."""
+def _formats(most: int, either: str, linear: str = "") -> str:
+    """Formats with codes: ``most`` bits of those that have a table, ``either`` the options that all of them take.
+
+    ``linear`` are options of linear formats beside their grids.
+    """
     return (
         rf"(int1|log[1-{most}]|ternary|{_PLUGIN}[1-{most}])(:({either}))*"
-        rf"|int[2-4](:({either}|{_GRIDS}))*|int[5-8](:({either}|auto|narrow|full))*"
+        rf"|int[2-4](:({either}|{_GRIDS}{linear}))*|int[5-8](:({either}|auto|narrow|full{linear}))*"
     )
 
 
@@ -54,7 +67,8 @@ MOST_ROWS = 10**7
 
 _ROW = rf"{_ALLOWED}({_formats(4, 'channel|max|mse')})"
 _RUN = rf"{_ROW}(\*[1-9][0-9]{{0,6}})?"
-WEIGHT_PATTERN = rf"^({_ALLOWED}(float|{_formats(8, 'tensor|channel|max|mse')})|rows\({_RUN}(,{_RUN})*\))$"
+_WHOLE = _formats(8, f"tensor|channel|{_BLOCK}|max|mse", "|asym")
+WEIGHT_PATTERN = rf"^({_ALLOWED}(float|{_WHOLE})|rows\({_RUN}(,{_RUN})*\))$"
 """The grammar of weight specs as a regular expression, for `parse` and for the JSON schema of plans."""
 
 _ACTIVATION = re.compile(r"int([1-8])(?::(minmax|mse|entropy|clip1|clip6|p[0-9]{1,2}(?:\.[0-9]+)?|p100))?")
@@ -89,9 +103,10 @@ class WeightSpec:
         grid: which levels a linear format has; ``auto`` for all that have no choice.
         rows: of ``rows``: formats and how many output channels in turn have each, neighbours different; empty for all
             other kinds.
+        block: how many weights share a scale under the granularity ``block``; 0 under all others.
 
     Raises:
-        PlanError: for rows that break these rules.
+        PlanError: for rows or a block that break these rules.
     """
 
     kind: str = "float"
@@ -100,10 +115,16 @@ class WeightSpec:
     scale: Scale = "mse"
     grid: Grid = "auto"
     rows: tuple[tuple[WeightSpec, int], ...] = ()
+    block: int = 0
 
     def __post_init__(self) -> None:
         if self.rows or self.kind == "rows":
             _check_rows(self)
+        if not (SMALLEST_BLOCK <= self.block <= LARGEST_BLOCK if self.granularity == "block" else self.block == 0):
+            raise PlanError(
+                "not a number of weights that share a scale", got=f"{self.granularity} of {self.block}",
+                expected=f"{SMALLEST_BLOCK}..{LARGEST_BLOCK} under the granularity block, 0 under all others",
+            )  # fmt: skip
 
     @staticmethod
     def of_rows(specs: Sequence[WeightSpec]) -> WeightSpec:
@@ -126,20 +147,22 @@ class WeightSpec:
             known = re.fullmatch(WEIGHT_PATTERN, word.split(":")[0])
             raise PlanError(
                 "unknown or repeated option in a weight format" if known else "not a weight format", got=repr(text),
-                expected="float, int1..int8, log1..log8, ternary or name@1..name@8, then :tensor|channel and :max|mse, "
-                "each once, and behind int2..int8 without :max one of :narrow|full|auto, up to int4 also :mid; or "
-                "rows(...)",
+                expected="float, int1..int8, log1..log8, ternary or name@1..name@8, then :tensor|channel|blockN with N "
+                f"in {SMALLEST_BLOCK}..{LARGEST_BLOCK} and :max|mse, each once, and behind int2..int8 :asym or, where "
+                "there is no :max, one of :narrow|full|auto, up to int4 also :mid; or rows(...)",
             )  # fmt: skip
         if word == "float":
             return FLOAT
         format_, *options = word.split(":")
         grid = next((option for option in options if option in get_args(Grid)), "auto")
+        block = next((int(option[5:]) for option in options if option.startswith("block")), 0)
         return WeightSpec(
             kind="ternary" if format_ == "ternary" else format_[:-1].removesuffix("@"),
             bits=2 if format_ == "ternary" else int(format_[-1]),
-            granularity="tensor" if "tensor" in options else "channel",
+            granularity="block" if block else "tensor" if "tensor" in options else "channel",
             scale="max" if "max" in options else "mse",
             grid=cast(Grid, grid),
+            block=block,
         )
 
     def __str__(self) -> str:
@@ -147,7 +170,8 @@ class WeightSpec:
             return "float"
         if self.rows:
             return f"rows({','.join(str(spec) + (f'*{count}' if count > 1 else '') for spec, count in self.rows)})"
-        options = (":tensor" if self.granularity == "tensor" else "") + (":max" if self.scale == "max" else "")
+        shared = {"channel": "", "tensor": ":tensor", "block": f":block{self.block}"}[self.granularity]
+        options = shared + (":max" if self.scale == "max" else "")
         return f"{self.short}{options}" + (f":{self.grid}" if self.grid != "auto" else "")
 
     @property
@@ -168,6 +192,11 @@ class WeightSpec:
         if self.bits == 1 and self.kind in ("int", "log"):
             return "binary"
         return {"int": "linear"}.get(self.kind, self.kind)
+
+    @property
+    def asymmetric(self) -> bool:
+        """Whether codes count from a zero point of their own."""
+        return self.quantizer == "linear" and self.grid == "asym"
 
     @property
     def full_range(self) -> bool:

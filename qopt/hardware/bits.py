@@ -20,8 +20,10 @@ class BitsModel:
     name: str = "bits"
 
     def capabilities(self, layer: LayerDescription, formats: Sequence[WeightSpec]) -> tuple[WeightSpec, ...]:
-        """Every format can be stored; one with rows, where the layer has as many output channels."""
-        return tuple(spec for spec in formats if not spec.rows or spec.channels == layer.channels)
+        """Every format can be stored; one with rows, where the layer has as many output channels, and one with blocks,
+        where they fill its channels.
+        """
+        return tuple(spec for spec in formats if _fits(spec, layer))
 
     def layer_cost(self, layer: LayerDescription, spec: WeightSpec) -> Mapping[str, float]:
         """Code bits and bytes (codes and scales) of one layer."""
@@ -40,3 +42,9 @@ class BitsModel:
     def limits(self) -> tuple[Limit, ...]:
         """Storage alone sets no limit."""
         return ()
+
+
+def _fits(spec: WeightSpec, layer: LayerDescription) -> bool:
+    if spec.block:
+        return layer.weights // layer.channels % spec.block == 0
+    return not spec.rows or spec.channels == layer.channels

@@ -67,12 +67,16 @@ def choose(run: Run) -> Choice:
 def _apply_given(run: Run, plan: Plan) -> Choice:
     """The user's own plan: nothing is searched, every figure is measured."""
     applied = run.quantizer.apply(plan)
-    space = build_space(run, (), measured=False)
     facts = SearchFacts(
         strategy="none, the plan was given", sensitivity="not used", thresholds="none", factor=1.0, relaxed=[],
         gap=None, evaluated=[], notes=[],
     )  # fmt: skip
-    return Choice(applied, space, facts, _norms(run, applied))
+    return described(run, applied, facts)
+
+
+def described(run: Run, applied: Applied, facts: SearchFacts) -> Choice:
+    """The choice of a plan that was made real outside the search, with its norms."""
+    return Choice(applied, build_space(run, (), measured=False), facts, _norms(run, applied))
 
 
 def _norms(run: Run, applied: Applied) -> dict[str, tuple[NormBound, NormBound, NormBound]]:
@@ -111,7 +115,8 @@ def _plans(run: Run, strategy: Strategy, space: Space, filtered: Filtered, outco
     """
     activations = run.target.activations if run.data is not None else FLOAT_ACTIVATION
     data = "" if run.data is None else run.data.digest
-    base = uniform(activations=activations, model=run.prepared.digest, data=data, equalisation=run.options.equalisation)
+    equalised = run.options.equalisation == "on"
+    base = uniform(activations=activations, model=run.prepared.digest, data=data, equalisation=equalised)
     found = {} if run.options.rows == "on" else {strategy.name: outcome}
     if run.data is not None and strategy.name == "greedy":
         if run.options.effort != "fast" and found:

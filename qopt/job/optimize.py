@@ -24,6 +24,7 @@ from qopt.hardware.targets import Target, parse_target
 from qopt.job.artefact import Artefact, build_artefact, float_artefact
 from qopt.job.bundle import Bundle, environment
 from qopt.job.choose import Choice, choose
+from qopt.job.equalised import contest_equalisation, tries_equalisation
 from qopt.job.gates import judge, threshold_gates
 from qopt.job.report import build_report, layer_metadata
 from qopt.job.rows import Table
@@ -69,6 +70,10 @@ def optimize_model(task: Task, cache: Cache, progress: Progress) -> Bundle:
     clock = Clock(progress)
     run = start(task, cache, clock)
     choice = choose(run)
+    if tries_equalisation(task.options, task.plan is not None):
+        clock("the same on the equalised network")
+        on = replace(task, options=replace(task.options, equalisation="on"))
+        run, choice = contest_equalisation(run, choice, lambda: start(on, cache, clock))
     clock("emit and check the file")
     artefact = build_artefact(run, choice.applied, layer_metadata(choice))
     reference = float_artefact(run)
@@ -121,7 +126,7 @@ def start(task: Task, cache: Cache, progress: Progress) -> Run:
     target = _target(options)
     progress("prepare the model")
     prepared, notes = prepare(task.model), list[str]()
-    if options.equalisation if task.plan is None else task.plan.equalisation:
+    if options.equalisation == "on" if task.plan is None else task.plan.equalisation:
         prepared, notes = equalise(prepared)
     if not prepared.layers:
         raise _no_layers(prepared, task.name)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal, final
 
@@ -62,11 +62,12 @@ class Entry:
 def select(run: Run, entries: Sequence[Entry]) -> tuple[Applied, list[EvaluatedPlan]]:
     """Make the plans real and keep what stays closest to float on the select images.
 
-    The first plan is tried in every variant, the others in the one that suits it best. Closest is the mean KL
-    divergence from float on clean images. In a robust run, what happens to the images that float withstands an attack
-    on is added, as the share that they are: on the examples made on the float network, whose gradients no quantizer
-    can mask, or on those that a short PGD makes on the plan's own twin, whichever moves it further from what float says
-    of the clean image. Without data the first plan is applied as it is.
+    The first plan is tried in every variant, the others in the one that suits it best, and at effort ``max`` also in
+    the one that suits it best of those that less effort tries: more effort never ends further away. Closest is the mean
+    KL divergence from float on clean images. In a robust run, what happens to the images that float withstands an
+    attack on is added, as the share that they are: on the examples made on the float network, whose gradients no
+    quantizer can mask, or on those that a short PGD makes on the plan's own twin, whichever moves it further from what
+    float says of the clean image. Without data the first plan is applied as it is.
     """
     if run.data is None:
         run.left_out.append("activation quantization, bias correction and measured selection: they need --data")
@@ -77,8 +78,24 @@ def select(run: Run, entries: Sequence[Entry]) -> tuple[Applied, list[EvaluatedP
     tried = variants(run.options)
     scores = {variant: contest.enter(first, variant) for variant in _suited(first, tried)}
     for entry in others:
-        contest.enter(entry, min(_suited(entry, tried), key=lambda variant: scores.get(variant, float("inf"))))
+        for variant in _carried(entry, tried, scores, run.options):
+            contest.enter(entry, variant)
     return contest.best(), contest.account()
+
+
+def compare(run: Run, other: Run, name: str, plan: Plan) -> tuple[Applied, EvaluatedPlan]:
+    """Measure one plan more as `select` does for ``run``: one for a network of ``other`` that computes the same."""
+    contest = _Contest(other, _Judge.of(run))
+    contest.enter(Entry(name, plan), Variant(plan.rounding, plan.bias_correction))
+    return contest.best(), contest.account()[0]
+
+
+def _carried(entry: Entry, tried: list[Variant], scores: Mapping[Variant, float], options: Options) -> list[Variant]:
+    """The best of the first plan's variants for another one, and the best of those that normal effort tries."""
+    lesser = variants(replace(options, effort="normal")) if options.effort == "max" else tried
+    kept = (_suited(entry, tried), _suited(entry, [variant for variant in tried if variant in lesser]))
+    best = [min(some, key=lambda variant: scores.get(variant, float("inf"))) for some in kept if some]
+    return list(dict.fromkeys(best))
 
 
 def _suited(entry: Entry, tried: list[Variant]) -> list[Variant]:

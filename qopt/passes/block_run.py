@@ -14,7 +14,7 @@ from qopt.passes.annotate import ABSORBED
 from qopt.passes.blocks import Block
 from qopt.passes.nodes import activation_nodes, is_convolution, op_of, weight_chain, weight_source
 from qopt.passes.watcher import SideBySide, Watcher
-from qopt.quant import QuantizedWeight
+from qopt.quant import AnyWeight
 
 
 @final
@@ -42,7 +42,7 @@ class BlockRun:
         self._chains = {node: weight_chain(node) for node in block.layers if node.meta["layer"] in trained}
         self._centred = {n for n in block.layers if weight_source(n).op == "call_module"} if centred else set()
 
-    def errors(self, codes: Mapping[str, QuantizedWeight]) -> Tensor:
+    def errors(self, codes: Mapping[str, AnyWeight]) -> Tensor:
         """The summed squares over all batches under codes, float64.
 
         Shape (channels,) for a single layer, with or without a ReLU or Clip: what an output channel is off by depends

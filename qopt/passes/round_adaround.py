@@ -19,8 +19,9 @@ from qopt.passes.blocks import Block, Granularity, blocks
 from qopt.passes.correct_biases import BiasCorrector, ChannelMeans
 from qopt.passes.insert_weight_quantizers import WeightQuantizer
 from qopt.passes.nodes import constant_of, is_layer, weight_chain, weight_source
-from qopt.quant import AnyWeight, QuantizedWeight
-from qopt.quant.adaround import SoftRounding, beta_at, mixed, penalty
+from qopt.quant import AnyWeight
+from qopt.quant.adaround import beta_at, penalty
+from qopt.quant.soft_weight import SoftWeight, better_channels
 from qopt.seeds import derive
 
 Target = Literal["own", "float"]
@@ -35,7 +36,7 @@ class RoundAdaRound:
     most. What is trained is the mean squared error of the block's outputs; codes that come out no better over all
     images than the ones it started from are given up (those of single channels where a layer is trained alone), so that
     no block ends worse. A weight that is used in several
-    blocks, or whose rows differ in format, keeps its codes, and a note names it. The activations of one block, of both
+    blocks keeps its codes, and a note names it. The activations of one block, of both
     networks, are in memory at once.
 
     Attributes:
@@ -162,14 +163,14 @@ class _Rounder(BiasCorrector):
         """The outputs, under the new bias where the options ask for one."""
         return super().layer(node, outputs) if self._options.centred else outputs
 
-    def _trainable(self, block: Block) -> dict[str, QuantizedWeight]:
+    def _trainable(self, block: Block) -> dict[str, AnyWeight]:
         """The codes of the layers that can be trained in this block; what the others have is put down."""
         found = {}
         for name, uses in Counter(node.meta["layer"] for node in block.layers).items():
             if weight_source(_first_use(block, name)).op != "call_module":
                 continue
             weight = self.codes[name] = self._quantizer(block, name).weight
-            if isinstance(weight, QuantizedWeight) and uses == self._uses[name]:
+            if uses == self._uses[name]:
                 found[name] = weight
             elif name not in self.kept:
                 self.kept.append(name)
@@ -180,7 +181,7 @@ class _Rounder(BiasCorrector):
         assert isinstance(module, WeightQuantizer)
         return module
 
-    def _trained(self, block: Block, given: Mapping[str, QuantizedWeight]) -> Mapping[str, QuantizedWeight]:
+    def _trained(self, block: Block, given: Mapping[str, AnyWeight]) -> Mapping[str, AnyWeight]:
         """The codes after training where they are better (channel by channel for a single layer), else those given."""
         run = BlockRun(self, block, self._targets(block), set(given), self._options.centred)
         before = run.errors(given)
@@ -188,28 +189,30 @@ class _Rounder(BiasCorrector):
             raise DataError("outputs that are not finite", where=next(iter(given)), fix="check the model and its data")
         if not bool(before.sum() > 0):
             return given
-        soft = {name: SoftRounding(self._float_weight(block, name), codes) for name, codes in given.items()}
+        soft = {name: SoftWeight(self._float_weight(block, name), codes) for name, codes in given.items()}
         self._descend(run, soft, float(before.sum()))
         rounded = {name: rounding.rounded() for name, rounding in soft.items()}
         better = run.errors(rounded) < before
-        return {name: mixed(given[name], rounded[name], better) for name in given}
+        return {name: better_channels(given[name], rounded[name], better) for name in given}
 
-    def _descend(self, run: BlockRun, soft: Mapping[str, SoftRounding], before: float) -> None:
+    def _descend(self, run: BlockRun, soft: Mapping[str, SoftWeight], before: float) -> None:
         """Adam on the error in parts of the starting one, plus the penalty, both times the number of weights."""
         options, count = self._options, len(self.environments)
-        optimizer = torch.optim.Adam([rounding.v for rounding in soft.values()], lr=options.learning_rate)
-        weights = sum(rounding.v.numel() for rounding in soft.values())
+        trained = [v for rounding in soft.values() for v in rounding.trained]
+        optimizer = torch.optim.Adam(trained, lr=options.learning_rate)
+        weights = sum(v.numel() for v in trained)
         generator = torch.Generator().manual_seed(derive(options.seed, "adaround", *soft))
         order: list[int] = []
         for step in range(options.steps):
             order = order or torch.randperm(count, generator=generator).tolist()
             beta = beta_at(step, options.steps, options.warm_up)
             with torch.enable_grad():
-                parts = {name: rounding.part for name, rounding in soft.items()}
+                parts = {name: rounding.parts for name, rounding in soft.items()}
                 loss = run.squares(order.pop(), {name: soft[name].weight(part) for name, part in parts.items()})
                 loss = loss * (weights * count / before)
                 if beta is not None:
-                    loss = loss + options.regulariser * sum(penalty(part, beta) for part in parts.values())
+                    every = [part for several in parts.values() for part in several]
+                    loss = loss + options.regulariser * sum(penalty(part, beta) for part in every)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -44,6 +44,8 @@ class RoundGPTQ:
         reference: the float graph with the same layers in the same order.
         batch_size: images per run.
         damping, order, scale_search: as `gptq` takes them.
+        shrinkage: more damping by this part of columns / positions: a moment of few positions is mostly chance, which
+            rounding must not trust (Ledoit and Wolf 2004).
         centred: let the bias absorb the mean: the error that counts is the one around it, and afterwards the mean of
             every output channel of every layer with codes is the float network's over ``images``.
         target: ``own`` keeps what the layer makes of its own inputs; ``float`` what the float network computes, so
@@ -57,6 +59,7 @@ class RoundGPTQ:
     reference: GraphModule
     batch_size: int = 64
     damping: float = 0.01
+    shrinkage: float = 0.1
     order: Order = "activation"
     scale_search: bool = True
     centred: bool = True
@@ -156,14 +159,15 @@ class _Rounder(BiasCorrector):
             module.weight = _codes(weight, module.weight, moments, self._options, layer)
         self.codes[layer] = module.weight
 
-    def _moments(self, node: Node, call: Node) -> tuple[Tensor, Tensor | None] | None:
-        """The second moment of the layer's inputs and, where asked for, the one with the float network's."""
+    def _moments(self, node: Node, call: Node) -> _Moments | None:
+        """What the calibration images say of the layer's inputs; None where it has no rows."""
         own, cross = InputMoment(), InputMoment()
         pairs_of_batches = list(zip(self.environments, self._reference.environments, strict=True))
         args = self.arguments(node, self.environments[0])
         if not has_rows(node, args):
             return None
-        for environment, floats in pairs_of_batches[:: _stride(node, args, len(pairs_of_batches))]:
+        stride = _stride(node, args, len(pairs_of_batches))
+        for environment, floats in pairs_of_batches[::stride]:
             args = self.arguments(node, environment)
             if self._options.target == "own":
                 for rows in input_rows(node, args):
@@ -174,8 +178,20 @@ class _Rounder(BiasCorrector):
                 own.add(rows)
                 cross.add(rows, wanted)
         later = list(self._later.get(node.meta["layer"], {}).values())
-        found = _average([own, *later], self._options.centred)
-        return found, _average([cross, *later], self._options.centred) if self._options.target == "float" else None
+        counts = [own.count * stride, *(moment.count for moment in later)]
+        found = _average([own, *later], counts, self._options.centred)
+        seen = own.count + sum(moment.count for moment in later)
+        if self._options.target == "own":
+            return _Moments(found, None, seen)
+        return _Moments(found, _average([cross, *later], counts, self._options.centred), seen)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Moments:
+    own: Tensor  # (groups, columns, columns), of the layer's inputs
+    cross: Tensor | None  # the one with the float network's inputs, where that is the target
+    positions: int
 
 
 def _stride(node: Node, args: Sequence[Any], batches: int) -> int:
@@ -198,23 +214,19 @@ def _later_uses(graph: GraphModule, options: RoundGPTQ) -> Mapping[str, Mapping[
     return watcher.found
 
 
-def _average(moments: Sequence[InputMoment], centred: bool) -> Tensor:
-    """Over the positions of all uses, each around its own mean where it has a bias to absorb that."""
+def _average(moments: Sequence[InputMoment], counts: Sequence[int], centred: bool) -> Tensor:
+    """Over the positions that all uses have, each around its own mean where it has a bias to absorb that."""
     first, *others = ((m.covariance if centred else m.moment) for m in moments)
     if not others:
         return first  # a copy more would be 170 MB for the longest rows
-    counts = [m.count for m in moments]
     parts = zip([first, *others], counts, strict=True)
     return torch.stack([part * count / sum(counts) for part, count in parts]).sum(0)
 
 
-def _codes(
-    weight: Tensor, like: AnyWeight, moments: tuple[Tensor, Tensor | None], options: RoundGPTQ, layer: str
-) -> AnyWeight:
-    moment, cross = moments
-    if not all(bool(m.isfinite().all()) for m in moments if m is not None):
+def _codes(weight: Tensor, like: AnyWeight, moments: _Moments, options: RoundGPTQ, layer: str) -> AnyWeight:
+    own, cross = moments.own, moments.cross
+    if not all(bool(m.isfinite().all()) for m in (own, cross) if m is not None):
         raise DataError("inputs that are not finite", where=layer, fix="check the model and its data")
-    target = weight if cross is None else retargeted(weight, like.axis, moment, cross, ridge=options.ridge)
-    return gptq(
-        target, like, moment, damping=options.damping, order=options.order, scale_search=options.scale_search
-    )  # fmt: skip
+    target = weight if cross is None else retargeted(weight, like.axis, own, cross, ridge=options.ridge)
+    damping = options.damping + options.shrinkage * own.shape[-1] / moments.positions
+    return gptq(target, like, own, damping=damping, order=options.order, scale_search=options.scale_search)

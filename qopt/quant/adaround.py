@@ -90,12 +90,12 @@ class SoftRounding:
             )  # fmt: skip
         levels, self._codes = like.levels()
         self._like = like
-        scale = _broadcast(like)
-        multiple = target.to(torch.float64) / torch.where(scale == 0, 1.0, scale)
+        scale, zero = like.spread(like.scale.to(torch.float64)), _zero(like)
+        multiple = target.to(torch.float64) / torch.where(scale == 0, 1.0, scale) + zero
         self._low = _lower_index(multiple, _index(like, self._codes), levels)
         low, high = levels[self._low], levels[self._low + 1]
         part = ((multiple - low) / (high - low)).clamp(0.0, 1.0)
-        self._base = (low * scale).to(torch.float32)
+        self._base = ((low - zero) * scale).to(torch.float32)
         self._span = ((high - low) * scale).to(torch.float32)
         self.v = inverse_rectified_sigmoid(part).to(torch.float32).requires_grad_()
 
@@ -109,9 +109,9 @@ class SoftRounding:
         return torch.addcmul(self._base, self._span, part)
 
     def rounded(self) -> QuantizedWeight:
-        """The codes that the parts are nearer to; halves go up. Weights of a channel without a scale keep theirs."""
+        """The codes that the parts are nearer to; halves go up. Weights of a row without a scale keep theirs."""
         index = self._low + (self.part.detach() >= 0.5)
-        moves = (_broadcast(self._like) != 0).expand_as(index)
+        moves = (self._like.spread(self._like.scale) != 0).expand_as(index)
         return replace(self._like, codes=torch.where(moves, self._codes[index], self._like.codes))
 
 
@@ -135,9 +135,6 @@ def _index(like: QuantizedWeight, codes: Tensor) -> Tensor:
     return position[like.codes.long()]
 
 
-def _broadcast(like: QuantizedWeight) -> Tensor:
-    """The scales as float64, one for each weight or broadcast to them."""
-    scale = like.scale.to(torch.float64)
-    if not scale.ndim:
-        return scale
-    return scale.view([-1 if axis == like.axis else 1 for axis in range(like.codes.ndim)])
+def _zero(like: QuantizedWeight) -> Tensor | float:
+    """The level that stands for zero, float64, one for each weight or broadcast to them."""
+    return 0.0 if like.zero is None else like.spread(like.zero.to(torch.float64))

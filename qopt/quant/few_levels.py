@@ -42,5 +42,6 @@ class Ternary:
         rows, levels = Rows.of(weight, spec, axis), codebook(spec)
         scale = max_abs_scale(rows.values, levels)
         if spec.scale == "mse":
-            scale, _ = best_scale(rows.values, [mean_square_scale(rows.values, levels), scale], levels)
+            best = mean_square_scale(rows.values, levels, blocks=spec.block > 0)
+            scale, _ = best_scale(rows.values, [best, scale], levels)
         return rows.assemble(encode(rows.values, scale, levels), scale)

@@ -5,7 +5,8 @@ paper's Hessian), or their covariance where a bias absorbs the mean. Columns are
 not yet rounded make up for the error as well as they can: with ``H^-1 = U^T U`` (U upper triangular) an error e in
 column j moves the later ones by ``-e U[j, j+1:] / U[j, j]``. Everything is float64.
 
-Rows know nothing of each other, so that each has its own levels: those of its format.
+Rows know nothing of each other, so that each has its own levels: those of its format. A row of several blocks has a
+scale and a zero point for each of them, which the columns take with them wherever the order puts them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qopt.errors import UsageError
-from qopt.quant.rows import AnyWeight, Weight, parts_of, with_parts
+from qopt.quant.rows import AnyWeight, QuantizedRows, Weight, parts_of, with_parts
 
 Order = Literal["activation", "stored"]
 
@@ -57,7 +58,8 @@ def gptq(
         damping: added to the diagonal of H, in parts of its mean; raised tenfold until the matrix can be inverted.
         order: ``activation`` rounds the columns of largest diagonal first, ``stored`` in the order of the weight.
         scale_search: also try `MULTIPLES` of the scale, and the best scale for the codes found; the lowest
-            ``dW H dW^T`` decides. Without it the scale of ``like`` stays.
+            ``dW H dW^T`` decides. Without it the scale of ``like`` stays. All scales of a row grow by one factor, and
+            zero points stay.
 
     Raises:
         UsageError: for shapes that do not fit together, a damping that is not positive, or a moment that is not finite.
@@ -95,7 +97,7 @@ def _check(weight: Tensor, like: AnyWeight, moment: Tensor, damping: float) -> N
 @dataclass(frozen=True, eq=False)
 class _Codes:
     index: Tensor  # int16 (groups, rows, columns), into the levels of the row
-    scale: Tensor  # float64 (groups, rows), float32 numbers
+    scale: Tensor  # float64 (groups, rows, blocks), float32 numbers; one block where the row has one scale
     error: Tensor  # float64 (groups, rows), dW H dW^T of what the file computes
 
 
@@ -107,6 +109,7 @@ class _Problem:
     order: Tensor  # (groups, columns), the column rounded at each step
     factor: Tensor  # float64 (groups, columns, columns): U of the damped matrix in that order
     levels: Tensor  # float64 (groups, rows, n), ascending, as many infinite ones at the end as a row has fewer
+    zero: Tensor  # float64 (groups, rows, blocks or 1), the level that stands for zero: 0 but for asymmetric formats
     shared: bool  # one scale for all rows
 
     @staticmethod
@@ -119,8 +122,10 @@ class _Problem:
         levels = torch.full((like.shape[like.axis], most), torch.inf, dtype=torch.float64)
         for multiples, members in found:
             levels[members, : len(multiples)] = multiples
+        zero = torch.zeros(1) if isinstance(like, QuantizedRows) or like.zero is None else like.zero
         return _Problem(
-            target, hessian, steps, factor, as_rows(levels, 0, len(hessian)), like.spec.granularity == "tensor"
+            target, hessian, steps, factor, as_rows(levels, 0, len(hessian)), _by_row(zero, target.shape),
+            like.spec.granularity == "tensor",
         )  # fmt: skip
 
     def given(self, like: AnyWeight) -> _Codes:
@@ -132,14 +137,14 @@ class _Problem:
             position = torch.zeros(256, dtype=torch.int16)
             position[codes.long()] = torch.arange(len(codes), dtype=torch.int16)
             index[members] = position[as_rows(part.codes, part.axis, 1)[0].long()]
-        scale = like.scale.to(torch.float64).expand(groups * rows).reshape(groups, rows)
-        return self._judged(index.reshape(self.target.shape), scale)
+        return self._judged(index.reshape(self.target.shape), _by_row(like.scale, self.target.shape))
 
     def rounded(self, scale: Tensor) -> _Codes:
-        """Codes by compensated rounding under scales (groups, rows)."""
+        """Codes by compensated rounding under scales (groups, rows, blocks)."""
         scale = _storable(scale)
         rows = max(1, ELEMENTS // (self.target.shape[0] * self.target.shape[2]))
-        parts = zip(*(torch.split(tensor, rows, 1) for tensor in (self.target, scale, self.levels)), strict=True)
+        tensors = (self.target, scale, self.levels, self.zero)
+        parts = zip(*(torch.split(tensor, rows, 1) for tensor in tensors), strict=True)
         return self._judged(torch.cat([self._compensated(*part) for part in parts], 1), scale)
 
     def rounded_under(self, scales: Sequence[Tensor]) -> list[_Codes]:
@@ -147,19 +152,23 @@ class _Problem:
         if self.target.numel() * len(scales) > ELEMENTS:
             return [self.rounded(scale) for scale in scales]
         stored = [_storable(scale) for scale in scales]
-        target, levels = (tensor.repeat(1, len(scales), 1) for tensor in (self.target, self.levels))
-        found = self._compensated(target, torch.cat(stored, 1), levels)
+        target, levels, zero = (tensor.repeat(1, len(scales), 1) for tensor in (self.target, self.levels, self.zero))
+        found = self._compensated(target, torch.cat(stored, 1), levels, zero)
         return [self._judged(index, scale) for index, scale in zip(found.chunk(len(scales), 1), stored, strict=True)]
 
     def rescaled(self, codes: _Codes) -> _Codes:
-        """The same codes under their best scale, ``u H w / u H u`` for multiples u; unused where it would be zero."""
-        multiples = self.levels.gather(2, codes.index.long())
-        seen = multiples @ self.hessian
-        gain, norm = (seen * self.target).sum(2), (seen * multiples).sum(2)
+        """The same codes under their best scale, ``u H w / u H u`` for multiples u; unused where it would be zero.
+
+        Where a row has several scales, u are its values, and what is found is the factor by which its scales grow.
+        """
+        unit = codes.scale if codes.scale.shape[2] > 1 else torch.ones_like(codes.scale)
+        values = self._multiples(codes.index) * self._by_column(unit)
+        seen = values @ self.hessian
+        gain, norm = (seen * self.target).sum(2, keepdim=True), (seen * values).sum(2, keepdim=True)
         if self.shared:
             gain, norm = gain.sum().expand_as(gain), norm.sum().expand_as(norm)
-        usable = (norm > 0) & (gain * codes.scale > 0)
-        return self._judged(codes.index, _storable(torch.where(usable, gain / norm, codes.scale)))
+        usable = (norm > 0) & (gain * unit * codes.scale > 0)
+        return self._judged(codes.index, _storable(torch.where(usable, gain / norm * unit, codes.scale)))
 
     def better(self, one: _Codes, other: _Codes) -> _Codes:
         """Row by row the one of lower error, ``one`` where they are equal; one for all where the scale is shared."""
@@ -168,38 +177,55 @@ class _Problem:
             wins = (other.error.sum() < one.error.sum()).expand_as(wins)
         return _Codes(
             torch.where(wins[:, :, None], other.index, one.index),
-            torch.where(wins, other.scale, one.scale),
+            torch.where(wins[:, :, None], other.scale, one.scale),
             torch.where(wins, other.error, one.error),
         )
 
     def assemble(self, found: _Codes, like: Weight) -> Weight:
         """The codes in the orientation of ``like``."""
-        index, scale = found.index.flatten(0, 1), found.scale.to(torch.float32).reshape(-1)
+        index, scale = found.index.flatten(0, 1), found.scale.to(torch.float32).flatten(0, 1)
         parts = []
         for part, members in parts_of(like):
             codes = as_stored(part.levels()[1][index[members].long()], part.shape, part.axis)
-            parts.append(replace(part, codes=codes, scale=scale[0] if self.shared else scale[members]))
+            scales = scale[0] if self.shared else scale[members]
+            parts.append(replace(part, codes=codes, scale=scales.reshape(part.scale.shape)))
         return with_parts(like, parts)
 
     def _judged(self, index: Tensor, scale: Tensor) -> _Codes:
-        values = self.levels.gather(2, index.long()).to(torch.float32) * scale.to(torch.float32)[:, :, None]
+        values = self._multiples(index).to(torch.float32) * self._by_column(scale).to(torch.float32)
         difference = self.target - values
         error = ((difference @ self.hessian) * difference).sum(2)
         return _Codes(index, scale, error)
 
-    def _compensated(self, target: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
+    def _multiples(self, index: Tensor) -> Tensor:
+        """What the scales are multiplied by, float64 (groups, rows, columns)."""
+        return self.levels.gather(2, index.long()) - self._by_column(self.zero)
+
+    def _by_column(self, values: Tensor) -> Tensor:
+        """(groups, rows, blocks) as a factor or term of (groups, rows, columns)."""
+        blocks = values.shape[2]
+        return values if blocks == 1 else values.repeat_interleave(self.target.shape[2] // blocks, 2)
+
+    def _of_steps(self, values: Tensor, first: int, last: int) -> Tensor:
+        """(groups, rows, blocks) as (groups, steps, rows): that of the block whose column is rounded at each step."""
+        block = self.order[:, first:last] // (self.target.shape[2] // values.shape[2])
+        return values.gather(2, block[:, None].expand(-1, values.shape[1], -1)).mT.contiguous()
+
+    def _compensated(self, target: Tensor, scale: Tensor, levels: Tensor, zero: Tensor) -> Tensor:
         """The indices of the levels that the algorithm takes, int16, for some rows."""
         work = target.gather(2, self.order[:, None].expand_as(target)).mT.contiguous()
         index = torch.empty(work.shape, dtype=torch.int16)
-        unit = torch.where(scale == 0, 1.0, scale)
         middles = (levels[:, :, 1:] + levels[:, :, :-1]) / 2
         for start in range(0, work.shape[1], BLOCK):
             block = work[:, start : start + BLOCK]
             factor = self.factor[:, start : start + BLOCK, start:]
+            scales, zeros = (self._of_steps(values, start, start + BLOCK) for values in (scale, zero))
+            units = torch.where(scales == 0, 1.0, scales)
             errors = torch.empty_like(block)
             for j in range(block.shape[1]):
-                nearest = torch.searchsorted(middles, (block[:, j] / unit)[:, :, None])
-                errors[:, j] = (block[:, j] - levels.gather(2, nearest)[:, :, 0] * scale) / factor[:, j, j, None]
+                nearest = torch.searchsorted(middles, (block[:, j] / units[:, j] + zeros[:, j])[:, :, None])
+                value = (levels.gather(2, nearest)[:, :, 0] - zeros[:, j]) * scales[:, j]
+                errors[:, j] = (block[:, j] - value) / factor[:, j, j, None]
                 block[:, j + 1 :] -= factor[:, j, j + 1 : block.shape[1], None] * errors[:, None, j]
                 index[:, start + j] = nearest[:, :, 0]
             work[:, start + BLOCK :].baddbmm_(factor[:, :, BLOCK:].mT, errors, alpha=-1)
@@ -217,6 +243,13 @@ def as_stored(rows: Tensor, shape: torch.Size, axis: int) -> Tensor:
     """What `as_rows` was made from, of shape ``shape``."""
     moved = (shape[axis], *shape[:axis], *shape[axis + 1 :])
     return rows.reshape(moved).movedim(0, axis).contiguous()
+
+
+def _by_row(values: Tensor, shape: torch.Size) -> Tensor:
+    """What has the shape of a weight's scales as float64 (groups, rows, blocks), of a target of ``shape``."""
+    groups, rows, _ = shape
+    blocks = values.shape[1] if values.ndim == 2 else 1
+    return values.to(torch.float64).reshape(-1, blocks).expand(groups * rows, blocks).reshape(groups, rows, blocks)
 
 
 def _storable(scale: Tensor) -> Tensor:

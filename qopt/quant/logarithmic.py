@@ -32,5 +32,6 @@ class Logarithmic:
         scale = max_abs_scale(rows.values, levels)
         if spec.scale == "max":
             return rows.assemble(encode(rows.values, scale, levels, levels.logarithmic), scale, levels.table)
-        scale, _ = best_scale(rows.values, [mean_square_scale(rows.values, levels), scale], levels)
+        best = mean_square_scale(rows.values, levels, blocks=spec.block > 0)
+        scale, _ = best_scale(rows.values, [best, scale], levels)
         return rows.assemble(encode(rows.values, scale, levels), scale, levels.table)

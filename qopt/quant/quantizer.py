@@ -55,17 +55,26 @@ class Rows:
 
     @staticmethod
     def of(weight: Tensor, spec: WeightSpec, axis: int) -> Rows:
-        """The channels of ``weight`` along ``axis``, or the whole of it as one row, as ``spec`` asks."""
+        """The channels of ``weight`` along ``axis``, their blocks, or the whole as one row, as ``spec`` asks."""
         moved = weight.detach().to("cpu", torch.float64).movedim(axis, 0)
-        values = moved.reshape(moved.shape[0] if spec.granularity == "channel" else 1, -1).contiguous()
+        count = {"channel": moved.shape[0], "tensor": 1, "block": moved.numel() // max(spec.block, 1)}
+        values = moved.reshape(count[spec.granularity], -1).contiguous()
         return Rows(values, moved.shape, spec, axis)
 
-    def assemble(self, codes: Tensor, scale: Tensor, table: Tensor | None = None) -> QuantizedWeight:
-        """The weight with ``codes``, in the shape of ``values``, and the scales ``scale`` (scales,)."""
+    def assemble(
+        self, codes: Tensor, scale: Tensor, table: Tensor | None = None, zero: Tensor | None = None
+    ) -> QuantizedWeight:
+        """The weight with ``codes``, in the shape of ``values``, the scales and the zero points, (scales,) each."""
         return QuantizedWeight(
             spec=self._spec,
             codes=codes.reshape(self._moved).movedim(0, self._axis).contiguous(),
-            scale=scale if self._spec.granularity == "channel" else scale[0],
+            scale=self._by_channel(scale),
             axis=self._axis,
             table=table,
+            zero=None if zero is None else self._by_channel(zero),
         )
+
+    def _by_channel(self, values: Tensor) -> Tensor:
+        if self._spec.granularity == "tensor":
+            return values[0]
+        return values if self._spec.granularity == "channel" else values.reshape(self._moved[0], -1)

@@ -9,6 +9,7 @@ weights of that side. Everything here is float64 on rows of shape (rows, weights
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import final
 
@@ -51,13 +52,32 @@ def storable(scale: Tensor, codes: Codebook) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(stable), stable)
 
 
-def mean_square_scale(rows: Tensor, codes: Codebook) -> Tensor:
+def mean_square_scale(rows: Tensor, codes: Codebook, *, blocks: bool = False) -> Tensor:
     """The best float32 scale found for rounding to nearest, shape (rows,); 1 for rows of zeros.
 
     Exact for one level (ternary). Otherwise a geometric grid over six octaves under max-abs, denser for short rows,
     whose error is jagged; a finer grid around its best point; then three Lloyd steps. The scale stays below the point
     where the top level would be unused. It is negative where one more level on one side is worth more there.
+
+    ``blocks`` says that rows are many and short: some at a time, without the scales that no such row is best under.
     """
+    if not blocks:
+        return _searched(rows, codes, 0.0)
+    parts = torch.split(rows, max(1, LOOKUPS // len(codes.levels)))
+    return torch.cat([_searched(part, codes, _least_part(rows.shape[1], codes)) for part in parts])
+
+
+def _least_part(count: int, codes: Codebook) -> float:
+    """The part of a max-abs scale below which none is as good, whatever the row of ``count`` weights.
+
+    Under the max-abs scale no weight is off by more than half the gap below the top level; under a smaller one the
+    largest weight is off by what the top level lacks.
+    """
+    half_gap = codes.top - float(codes.nearest[-1])
+    return (codes.top - half_gap * math.sqrt(count)) / (codes.top + codes.lowest)
+
+
+def _searched(rows: Tensor, codes: Codebook, least: float) -> Tensor:
     used = codes.levels > codes.top * NEGLIGIBLE
     search = _Search.of(rows, codes.levels[used], codes.nearest[used], codes.lowest)
     if len(codes.levels) == 1 and not codes.lowest:
@@ -67,7 +87,8 @@ def mean_square_scale(rows: Tensor, codes: Codebook) -> Tensor:
     work = rows.shape[1] * len(search.thresholds)
     per_octave = 32 if work <= 4096 else 8 if len(search.thresholds) <= 31 else 4
     steps = torch.arange(-OCTAVES * per_octave, per_octave, dtype=torch.float64) / per_octave
-    best, _ = search.best(torch.minimum(top * torch.exp2(steps), limit), limit)
+    parts = torch.exp2(steps)
+    best, _ = search.best(torch.minimum(top * parts[parts >= least], limit), limit)
     around = torch.linspace(-1, 1, 9, dtype=torch.float64) / per_octave
     best, sign = search.best(torch.minimum(best * torch.exp2(around), limit), limit)
     for _ in range(3):

@@ -12,7 +12,7 @@ from qopt.quant.linear import DEAD
 from qopt.quant.quantized import QuantizedWeight
 from qopt.quant.quantizer import quantizer
 from qopt.quant.rows import AnyWeight, QuantizedRows
-from qopt.spec import WeightSpec
+from qopt.spec import LARGEST_BLOCK, SMALLEST_BLOCK, WeightSpec
 
 
 def quantize_weight(weight: Tensor, spec: WeightSpec, axis: int = 0, *, where: str = "weight") -> AnyWeight:
@@ -26,15 +26,18 @@ def quantize_weight(weight: Tensor, spec: WeightSpec, axis: int = 0, *, where: s
     Args:
         weight: any shape with at least one axis and one element.
         spec: any format but float.
-        axis: the axis that counts output channels; each gets its own scale where the granularity is ``channel``.
+        axis: the axis that counts output channels; each gets its own scale where the granularity is ``channel``, and
+            one for each of its blocks where it is ``block``.
         where: the layer's name, for errors.
 
     Raises:
         CorruptModelError: for NaN, infinite or empty weights.
-        PlanError: for rows of more or fewer channels than the weight has.
+        PlanError: for rows of more or fewer channels than the weight has, and blocks that do not fill a channel.
         UsageError: for a float format, an unknown quantizer or an axis that the weight does not have.
     """
     _check(weight, spec, axis, where)
+    if spec.granularity == "block":
+        _check_blocks(weight.numel() // weight.shape[axis], spec, where)
     if spec.rows:
         return _quantize_rows(weight, spec, axis % weight.ndim, where)
     return quantizer(spec.quantizer).quantize(weight, spec, axis % weight.ndim)
@@ -85,3 +88,15 @@ def _check(weight: Tensor, spec: WeightSpec, axis: int, where: str) -> None:
         raise CorruptModelError("an empty weight", where=where, got=f"shape {tuple(weight.shape)}")
     if not bool(torch.isfinite(weight.to(torch.float32)).all()):
         raise CorruptModelError("weights that are not finite float32 numbers", where=where)
+
+
+def _check_blocks(columns: int, spec: WeightSpec, where: str) -> None:
+    if columns % spec.block == 0:
+        return
+    fits = [n for n in range(SMALLEST_BLOCK, LARGEST_BLOCK + 1) if columns % n == 0]
+    best = min(fits, key=lambda n: abs(n - spec.block), default=0)
+    other = f":block{best}, or a scale per channel" if best else "a scale per channel"
+    raise PlanError(
+        "blocks that do not fill a channel", where=where, expected="a divisor of the number of weights per channel",
+        got=f"{spec} for {columns} weights per channel", fix=f"give the layer {other}",
+    )  # fmt: skip

@@ -13,9 +13,17 @@ Cast and Mul, which folds to a plain float initializer (DequantizeLinear would s
 | indices of 8 bits | UINT8 -> Cast(INT32) -> Gather: float levels, for `float_weight` only |
 | rows of several formats | the levels of each as above -> Concat -> Gather(Cast(order)) |
 
+No integer kernel takes a scale per block or a zero point: `float_weight` alone ends them, in
+
+| codes | become float weights by |
+|---|---|
+| all others | levels -> Cast -> Mul(scale) |
+| asymmetric: UINT8, UINT4, or digits without a table | Cast -> Sub(Cast(zero)) -> Mul(scale) |
+| blocks: levels (channels, blocks, N) | Cast -> Mul(scale) -> Reshape -> Transpose where channels are not first |
+
 Digits of a group (8 of base 2, 5 of base 3, 4 of base 4; 8 of base 8 in three bytes, which Mul and ReduceSum join) are
 taken apart by Div by the powers of the base and Mod, which needs constants of some ten numbers, where a table by the
-byte would need 256 rows. What is stored are the codes, the scales, the order of rows and these constants, as
+byte would need 256 rows. What is stored are the codes, the scales, the zero points, the order of rows and these, as
 `qopt.size` counts them; beside these only the shapes and axes that Reshape, Slice, ReduceSum and ConstantOfShape take
 (int64).
 """
@@ -29,6 +37,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from torch import Tensor
 
 from qopt.errors import VerificationError
 from qopt.quant import AnyWeight, QuantizedRows, QuantizedWeight, pack, parts_of, powers
@@ -99,20 +108,55 @@ def integer_weight(layer: str, weight: AnyWeight, *, zero_points: bool) -> tuple
 def float_weight(layer: str, weight: AnyWeight) -> tuple[Subgraph, ir.Value]:
     """The weight as float levels times the scale, for a node with float activations."""
     graph = Subgraph(layer)
-    if isinstance(weight, QuantizedWeight) and not has_integer_levels(weight):
+    if isinstance(weight, QuantizedWeight) and weight.table is not None and weight.table.is_floating_point():
         levels = _float_levels(graph, weight)
     else:
         levels = graph.node("Cast", [_levels(graph, weight, cast=False)], "floats", to=ir.DataType.FLOAT)
-    shape = [1] * len(weight.shape)
-    if weight.scale.ndim:
-        shape[weight.axis] = -1
-    scale = graph.constant("scale", weight.scale.numpy().reshape(shape))
-    return graph, graph.node("Mul", [levels, scale], "dequantized")
+    if isinstance(weight, QuantizedWeight) and weight.zero is not None:
+        stored = graph.constant("zero", _beside_codes(weight, weight.zero))
+        zero = graph.node("Cast", [stored], "zero_floats", to=ir.DataType.FLOAT)
+        levels = graph.node("Sub", [levels, zero], "from_zero")
+    scale = graph.constant("scale", _beside_codes(weight, weight.scale))
+    if weight.scale.ndim < 2:
+        return graph, graph.node("Mul", [levels, scale], "dequantized")
+    return graph, _unblocked(graph, weight, graph.node("Mul", [levels, scale], "scaled"))
 
 
 def has_integer_levels(weight: AnyWeight) -> bool:
-    """Whether every level fits an int8 multiplier of the scale, so that an integer kernel can take the weight."""
-    return all(part.table is None or not part.table.is_floating_point() for part, _ in parts_of(weight))
+    """Whether every level fits an int8 multiplier of a channel's scale, so that an integer kernel takes the weight."""
+    return all(
+        part.zero is None and part.scale.ndim < 2 and (part.table is None or not part.table.is_floating_point())
+        for part, _ in parts_of(weight)
+    )
+
+
+def _beside_codes(weight: AnyWeight, values: Tensor) -> NDArray[Any]:
+    """The scales or zero points in a shape that goes with the codes as they are stored."""
+    if values.ndim == 2:
+        return np.asarray(values.numpy()[:, :, None])
+    return np.asarray(
+        values.numpy().reshape([-1 if i == weight.axis and values.ndim else 1 for i in range(len(weight.shape))])
+    )
+
+
+def _stored_codes(weight: QuantizedWeight) -> NDArray[Any]:
+    """The codes in the shape of the weight; in blocks (channels, blocks, weights of a block), channels moved first."""
+    codes = np.asarray(weight.codes.numpy())
+    if weight.scale.ndim < 2:
+        return codes
+    return np.ascontiguousarray(np.moveaxis(codes, weight.axis, 0)).reshape(*weight.scale.shape, weight.spec.block)
+
+
+def _unblocked(graph: Subgraph, weight: AnyWeight, blocks: ir.Value) -> ir.Value:
+    """The weight in its own shape, from (channels, blocks, weights of a block)."""
+    axis, shape = weight.axis, tuple(weight.shape)
+    moved = graph.constant("moved_shape", np.array((shape[axis], *shape[:axis], *shape[axis + 1 :]), np.int64))
+    if not axis:
+        return graph.node("Reshape", [blocks, moved], "dequantized")
+    order = [*range(1, axis + 1), 0, *range(axis + 1, len(shape))]
+    return graph.node(
+        "Transpose", [graph.node("Reshape", [blocks, moved], "channels_first")], "dequantized", perm=order
+    )
 
 
 def _levels(graph: Subgraph, weight: AnyWeight, *, cast: bool = True) -> ir.Value:
@@ -132,10 +176,15 @@ def _levels(graph: Subgraph, weight: AnyWeight, *, cast: bool = True) -> ir.Valu
 
 
 def _int8_levels(graph: Subgraph, weight: QuantizedWeight, *, cast: bool = True) -> ir.Value:
-    """The int8 multipliers of the scale; without ``cast`` INT4 codes are returned as stored, to be cast elsewhere."""
-    codes, base = weight.codes.numpy(), weight.spec.packing.base
+    """The int8 multipliers of the scale; without ``cast`` INT4 codes are returned as stored, to be cast elsewhere.
+
+    Of asymmetric formats the codes, of any integer type.
+    """
+    codes, base = _stored_codes(weight), weight.spec.packing.base
     if base <= 8:
         return _unpacked_levels(graph, weight)
+    if weight.zero is not None:
+        return graph.constant("codes", codes.astype(ml_dtypes.uint4) if base == 16 else codes)
     if weight.table is not None:
         stored = graph.constant("codes", codes.astype(ml_dtypes.uint4))
         return _look_up(
@@ -148,15 +197,12 @@ def _int8_levels(graph: Subgraph, weight: QuantizedWeight, *, cast: bool = True)
 
 
 def _unpacked_levels(graph: Subgraph, weight: QuantizedWeight) -> ir.Value:
-    codes = weight.codes.numpy()
-    base, table = weight.spec.packing.base, _digit_levels(weight)
-    digits = codes if weight.table is not None else (codes < 0).astype(np.uint8) if base == 2 else codes % base
-    if weight.table is None and not np.array_equal(table[digits], codes):
-        got = f"{codes.min()}..{codes.max()}"
-        raise VerificationError(
-            "codes that are no levels of the format", where=graph.prefix, expected=str(table.tolist()), got=got
-        )
-    levels = _look_up(graph, weight, _digits(graph, weight, digits), table)
+    codes = _stored_codes(weight)
+    if weight.zero is not None:
+        levels = _digits(graph, weight, codes)
+    else:
+        table = _digit_levels(weight)
+        levels = _look_up(graph, weight, _digits(graph, weight, _digits_of(graph, weight, table)), table)
     if codes.size % weight.spec.packing.codes:
         flat = graph.table("flat", np.array([-1], np.int64))
         start = graph.table("start", np.array([0], np.int64))
@@ -164,6 +210,20 @@ def _unpacked_levels(graph: Subgraph, weight: QuantizedWeight) -> ir.Value:
         levels = graph.node("Slice", [graph.node("Reshape", [levels, flat], "flat"), start, end], "cut")
     target = graph.constant("shape", np.array(codes.shape, np.int64))
     return graph.node("Reshape", [levels, target], "levels8")
+
+
+def _digits_of(graph: Subgraph, weight: QuantizedWeight, table: NDArray[np.int8]) -> NDArray[Any]:
+    """The digit that stands for each code, in the shape of `_stored_codes`; ``table`` has the level of each digit."""
+    codes, base = _stored_codes(weight), weight.spec.packing.base
+    if weight.table is not None:
+        return codes
+    digits = (codes < 0).astype(np.uint8) if base == 2 else codes % base
+    if not np.array_equal(table[digits], codes):
+        got = f"{codes.min()}..{codes.max()}"
+        raise VerificationError(
+            "codes that are no levels of the format", where=graph.prefix, expected=str(table.tolist()), got=got
+        )
+    return digits
 
 
 def _digits(graph: Subgraph, weight: QuantizedWeight, digits: NDArray[Any]) -> ir.Value:
@@ -198,6 +258,6 @@ def _look_up(graph: Subgraph, weight: QuantizedWeight, index: ir.Value, table: N
 
 def _float_levels(graph: Subgraph, weight: QuantizedWeight) -> ir.Value:
     assert weight.table is not None
-    stored = graph.constant("codes", weight.codes.numpy())
+    stored = graph.constant("codes", _stored_codes(weight))
     index = graph.node("Cast", [stored], "index", to=ir.DataType.INT32)
     return _look_up(graph, weight, index, weight.table.numpy())

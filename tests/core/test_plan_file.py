@@ -79,7 +79,10 @@ def test_an_empty_object_is_the_float_plan() -> None:
 
 
 names = st.text(min_size=1, max_size=8).filter(lambda s: s.isprintable())
-weights = st.sampled_from(["int4", "log2:tensor", "int8:max", "float", "log8:tensor:max"])
+weights = st.sampled_from(
+    ["int4", "log2:tensor", "int8:max", "float", "log8:tensor:max", "int4:block32", "ternary:block8:max", "int4:asym",
+     "int2:block64:max:asym"]
+)  # fmt: skip
 activations = st.sampled_from(["int8", "int4:p99.9", "float"])
 bounds = st.tuples(
     st.floats(allow_nan=False, allow_infinity=False), st.floats(allow_nan=False, allow_infinity=False)

@@ -34,6 +34,18 @@ WEIGHTS: list[tuple[str, WeightSpec, str]] = [
     ("int2:channel:mid", WeightSpec("int", 2, grid="mid"), "int2:mid"),
     ("nf@4", WeightSpec("nf", 4), "nf@4"),
     ("my_grid2@3:tensor:max", WeightSpec("my_grid2", 3, "tensor", "max"), "my_grid2@3:tensor:max"),
+    ("int4:block32", WeightSpec("int", 4, "block", block=32), "int4:block32"),
+    ("int1:block8", WeightSpec("int", 1, "block", block=8), "int1:block8"),
+    ("ternary:max:block1024", WeightSpec("ternary", 2, "block", "max", block=1024), "ternary:block1024:max"),
+    ("log4:block64:max", WeightSpec("log", 4, "block", "max", block=64), "log4:block64:max"),
+    ("nf@4:block9", WeightSpec("nf", 4, "block", block=9), "nf@4:block9"),
+    ("int3:mid:mse:block100", WeightSpec("int", 3, "block", "mse", "mid", block=100), "int3:block100:mid"),
+    ("int4:asym", WeightSpec("int", 4, grid="asym"), "int4:asym"),
+    ("int8:channel:asym:mse", WeightSpec("int", 8, grid="asym"), "int8:asym"),
+    ("int2:tensor:asym", WeightSpec("int", 2, "tensor", grid="asym"), "int2:tensor:asym"),
+    ("int5:asym:max", WeightSpec("int", 5, "channel", "max", "asym"), "int5:max:asym"),
+    ("int4:block32:asym", WeightSpec("int", 4, "block", grid="asym", block=32), "int4:block32:asym"),
+    ("int4:asym:max:block32", WeightSpec("int", 4, "block", "max", "asym", block=32), "int4:block32:max:asym"),
 ]
 
 
@@ -51,6 +63,12 @@ NO_WEIGHTS = [
     "int5:mid", "int8:mid", "int4:max:full", "int4:narrow:max", "int4:max:auto", "int4:full:mid", "int4:narrow:narrow",
     "int@4", "log@4", "ternary@2", "linear@4", "binary@1", "nf@0", "nf@9", "nf@44", "@4", "nf@", "nf4", "NF@4", "n-f@4",
     "4f@4", "nf@4:mid", "nf@4:auto", "float:tensor",
+    "int4:block", "int4:block0", "int4:block7", "int4:block1025", "int4:block1030", "int4:block2000", "int4:block032",
+    "int4:block-8", "int4:block 32", "int4:block32:block32", "int4:block32:block64", "int4:channel:block32", "int4:32",
+    "int4:block32:tensor", "float:block32", "int4:blocks32", "int4:block3２", "int4:BLOCK32", "block32",
+    "int4:block32:max:full", "int4:block32:max:max", "int1:asym", "ternary:asym", "log4:asym", "nf@4:asym",
+    "float:asym",
+    "int4:asym:asym", "int4:asym:mid", "int4:full:asym", "int4:auto:asym", "int4:asym:max:mse", "int9:asym", "asym",
 ]  # fmt: skip
 
 
@@ -124,6 +142,31 @@ weight_specs = st.one_of(
         st.just("mse"),
         st.sampled_from(["auto", "narrow", "full", "mid"]),
     ),
+    st.builds(
+        WeightSpec,
+        st.sampled_from(["int", "log", "nf"]),
+        st.integers(1, 8),
+        st.just("block"),
+        st.sampled_from(["mse", "max"]),
+        block=st.integers(8, 1024),
+    ),
+    st.builds(
+        WeightSpec,
+        st.just("int"),
+        st.integers(2, 8),
+        st.sampled_from(["channel", "tensor"]),
+        st.sampled_from(["mse", "max"]),
+        st.just("asym"),
+    ),
+    st.builds(
+        WeightSpec,
+        st.just("int"),
+        st.integers(2, 4),
+        st.just("block"),
+        st.just("mse"),
+        st.sampled_from(["auto", "narrow", "full", "mid", "asym"]),
+        block=st.integers(8, 1024),
+    ),
     st.builds(WeightSpec, st.just("ternary"), st.just(2), st.sampled_from(["channel", "tensor"])),
 )
 percentiles = st.floats(50, 100, exclude_min=True)
@@ -149,7 +192,7 @@ def test_activation_formats_survive_writing_and_reading(spec: ActivationSpec) ->
 
 
 @settings(deadline=None, max_examples=300)
-@given(st.text(alphabet="intlogfea1248:p.max sryd@", max_size=16))
+@given(st.text(alphabet="intlogfea1248:p.max sryd@bck", max_size=16))
 def test_any_text_parses_or_is_a_plan_error(text: str) -> None:
     for parse in (WeightSpec.parse, ActivationSpec.parse):
         try:
@@ -178,7 +221,8 @@ def test_the_published_pattern_is_the_grammar(key: str, right: list[str], wrong:
 @pytest.mark.parametrize(
     ("text", "container"),
     [("int1", 1), ("log1", 1), ("ternary", 1.6), ("int2", 2), ("int2:mid", 2), ("int3", 3), ("log3", 3), ("log4", 4),
-     ("int5", 8), ("int8", 8), ("nf@4", 4), ("nf@6", 8), ("float", 32)],
+     ("int5", 8), ("int8", 8), ("int4:block32", 4), ("int2:asym", 2), ("ternary:block8", 1.6),
+     ("int6:asym", 8), ("nf@4", 4), ("nf@6", 8), ("float", 32)],
 )  # fmt: skip
 def test_containers(text: str, container: float) -> None:
     found = WeightSpec.parse(text).container_bits
@@ -221,3 +265,33 @@ def test_activation_formats_are_ordered() -> None:
 def test_a_percentile_belongs_to_its_calibrator(calibrator: Any) -> None:
     with pytest.raises(PlanError, match="only the calibrator percentile takes a percentile"):
         ActivationSpec(4, 99.0, calibrator)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"granularity": "block"},
+        {"granularity": "block", "block": 7},
+        {"granularity": "block", "block": 1025},
+        {"granularity": "block", "block": -8},
+        {"granularity": "channel", "block": 32},
+        {"granularity": "tensor", "block": 32},
+    ],
+)
+def test_a_block_belongs_to_its_granularity(fields: dict[str, Any]) -> None:
+    with pytest.raises(PlanError, match="not a number of weights that share a scale"):
+        WeightSpec("int", 4, **fields)
+
+
+@pytest.mark.parametrize("row", ["int4:block32", "int4:asym", "ternary:block8", "int8:max:asym", "log4:block64:max"])
+def test_a_row_has_neither_blocks_nor_zero_points(row: str) -> None:
+    with pytest.raises(PlanError, match="not a weight format with rows"):
+        WeightSpec.parse(f"rows({row}*2,int8)")
+    with pytest.raises(PlanError, match="a row of its own cannot have"):
+        WeightSpec.of_rows([WeightSpec.parse(row), WeightSpec("int", 8)])
+
+
+def test_which_formats_are_asymmetric() -> None:
+    words = ["int4", "int4:asym", "int2:block8:max:asym", "int1", "ternary", "int4:full", "float", "nf@4"]
+    assert [word for word in words if WeightSpec.parse(word).asymmetric] == ["int4:asym", "int2:block8:max:asym"]
+    assert not WeightSpec.parse("int4:asym").full_range

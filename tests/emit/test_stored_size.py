@@ -19,6 +19,7 @@ from qopt.spec import FLOAT, WeightSpec
 
 FORMATS = [f"{kind}{bits}{option}" for kind in ("int", "log") for bits in range(1, 9) for option in ("", ":tensor")]
 FORMATS += ["ternary", "int2:full", "int3:mid", "int4:mid", "int4:narrow"]
+FORMATS += [f"int{bits}{shared}:asym" for bits in (2, 3, 4, 8) for shared in ("", ":tensor")]
 
 
 CODES = {name: AffineRange.from_bounds(-1, 1, 8) for name in ("x", "ar", "b", "flat")}
@@ -98,9 +99,24 @@ def test_tables_by_hand() -> None:
         "int3": eight + 16,
     }
     sizes |= {"int2:max": four + 4, "int4:max": 0, "int4:full": 0, "int4:mid": 16, "int4": 16, "log4": 16, "int8": 0}
+    sizes |= {"int2:asym": four, "int3:block8:asym": eight, "int4:asym": 0, "int8:asym": 0, "int4:block8": 16}
     sizes |= {"log5": 1024, "log8": 1024, "nf@4": 16, "nf@2": four + 4, "nf@6": 1024}
     assert {text: table_bytes(WeightSpec.parse(text)) for text in sizes} == sizes
     assert [table_bytes(WeightSpec.parse("int4"), grid) for grid in ("narrow", "full", "mid", "auto")] == [0, 0, 16, 16]
+
+
+@pytest.mark.parametrize(
+    ("text", "scales", "each"),
+    [("int4", 16, 4), ("int4:tensor", 1, 4), ("int4:block32", 16 * 18, 4), ("ternary:block8", 16 * 72, 4),
+     ("int4:asym", 16, 5), ("int2:tensor:max:asym", 1, 5), ("int8:block64:asym", 16 * 9, 5), ("log4:block576", 16, 4)],
+)  # fmt: skip
+def test_scales_and_zero_points_are_counted(text: str, scales: int, each: int) -> None:
+    """Of 16 channels of 576 weights; the container of a code is that of the format without blocks."""
+    stored = Stored(16 * 576, 16, WeightSpec.parse(text))
+    assert stored.scales == scales
+    assert stored.bytes == stored.code_bytes + scales * each
+    assert stored.code_bits == 16 * 576 * WeightSpec.parse(text.split(":")[0]).container_bits
+    assert stored_bytes([stored]) == stored.bytes + table_bytes(stored.spec)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,12 @@ def test_rows_are_for_layers_with_as_many_channels() -> None:
     assert BitsModel().capabilities(described("a", 3, 5), [*SPECS, rows, other]) == (*SPECS, rows)
 
 
+def test_blocks_are_for_layers_whose_channels_they_fill() -> None:
+    fits, other = WeightSpec.parse("int4:block32"), WeightSpec.parse("int4:block128")
+    assert BitsModel().capabilities(described("a", 3, 64), [fits, other]) == (fits,)
+    assert BitsModel().layer_cost(described("a", 3, 64), fits) == {"code_bits": 768.0, "bytes": 96.0 + 3 * 2 * 4}
+
+
 def test_it_takes_every_format_and_sets_no_limit() -> None:
     model: CostModel = load("qopt.cost_models", "bits", "--target")()
     assert model.capabilities(described("a", 2, 2), SPECS) == tuple(SPECS)

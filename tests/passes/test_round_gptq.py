@@ -100,6 +100,11 @@ def covariance(left: Tensor, right: Tensor) -> Tensor:
     return left.mT @ right / left.shape[1]
 
 
+def damping(step: RoundGPTQ, *rows: Tensor) -> float:
+    """What the pass adds to the diagonal, in parts of its mean: more where positions are few."""
+    return 0.01 + step.shrinkage * rows[0].shape[2] / sum(r.shape[1] for r in rows)
+
+
 def error(weight: Tensor, codes: QuantizedWeight, moment: Tensor) -> Tensor:
     difference = as_rows(weight.double() - codes.dequantize().double(), codes.axis, len(moment))
     return torch.einsum("gri,gij,grj->gr", difference, moment, difference).reshape(-1)
@@ -128,7 +133,7 @@ def test_every_layer_is_rounded_against_the_inputs_it_will_get(
 ) -> None:
     """The inputs that the finished network gives a layer are those that its codes were made for."""
     case = Case.of(networks[name], images(networks[name], 40), INT3, activations)
-    step = case.rounded(centred=centred, target="own")
+    step = case.rounded(centred=centred, target="own", shrinkage=0.0)
     inputs = seen(case.twin, case.prepared, case.sample, record)
     floats = seen(case.quantizer.float_graph, case.prepared, case.sample, record)
     mistaken = 0
@@ -136,7 +141,7 @@ def test_every_layer_is_rounded_against_the_inputs_it_will_get(
         weight, like, codes = case.quantizer.weight(layer), case.nearest(layer.name), whole(step.weights[layer.name])
         rows, wrong = inputs[layer.name, 0][0], floats[layer.name, 0][0]
         moment, other = (covariance(r, r) if centred else r.mT @ r / r.shape[1] for r in (rows, wrong))
-        expected, mistake = (gptq(weight, like, m) for m in (moment, other))
+        expected, mistake = (gptq(weight, like, m, damping=damping(step, rows)) for m in (moment, other))
         assert (codes.codes != expected.codes).double().mean() <= 0.03, "float32 sums may tip a tie"
         mistaken += int((codes.codes != mistake.codes).sum())
         worst = error(weight, like, moment)
@@ -159,7 +164,7 @@ def test_the_float_target_is_the_least_squares_one(
         moment, cross = covariance(u, u), covariance(v, u)
         like = case.nearest(layer.name)
         target = retargeted(case.quantizer.weight(layer), like.axis, moment, cross, ridge=step.ridge)
-        expected = gptq(target, like, moment)
+        expected = gptq(target, like, moment, damping=damping(step, u))
         assert (whole(step.weights[layer.name]).codes != expected.codes).double().mean() <= 0.03
 
 
@@ -215,7 +220,7 @@ def test_convolutions_of_all_kinds(
     step = case.rounded(target="own", order="stored")  # columns of equal activity may come in either order
     rows = im2col(sample.numpy(), kernel, strides, dilations, pads, groups)
     moment, weight = covariance(rows, rows), case.quantizer.weight(prepared.layers[0])
-    expected = gptq(weight, case.nearest("w"), moment, order="stored")
+    expected = gptq(weight, case.nearest("w"), moment, order="stored", damping=damping(step, rows))
     assert (whole(step.weights["w"]).codes != expected.codes).double().mean() <= 0.02
     torch.testing.assert_close(
         error(weight, whole(step.weights["w"]), moment), error(weight, expected, moment), rtol=1e-3, atol=1e-9
@@ -238,9 +243,10 @@ class TestShared:
         second = seen(case.quantizer.float_graph, case.prepared, case.sample, record)["w", 1][0]
         moment = (covariance(first, first) + covariance(second, second)) / 2
         weight = case.quantizer.weight(case.prepared.layer("w"))
-        expected = gptq(weight, case.nearest("w"), moment)
+        damped = damping(step, first, second)
+        expected = gptq(weight, case.nearest("w"), moment, damping=damped)
         assert (whole(step.weights["w"]).codes != expected.codes).double().mean() <= 0.03
-        alone = gptq(weight, case.nearest("w"), covariance(first, first))
+        alone = gptq(weight, case.nearest("w"), covariance(first, first), damping=damped)
         assert not torch.equal(whole(step.weights["w"]).codes, alone.codes)
 
     def test_both_uses_run_with_the_new_codes(
@@ -336,8 +342,8 @@ def test_options_reach_the_numerics(networks: dict[str, Prepared], images: Image
     sample = images(networks["plain"], 30)
     results = []
     options: list[dict[str, Any]] = [
-        {}, {"damping": 1.0}, {"order": "stored"}, {"scale_search": False}, {"centred": False}, {"target": "own"},
-        {"ridge": 100.0},
+        {}, {"damping": 1.0}, {"shrinkage": 9.0}, {"order": "stored"}, {"scale_search": False}, {"centred": False},
+        {"target": "own"}, {"ridge": 100.0},
     ]  # fmt: skip
     for chosen in options:
         step = Case.of(networks["plain"], sample).rounded(**chosen)
