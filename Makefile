@@ -9,11 +9,14 @@ demo: .venv/installed
 		--baseline int4:max --baseline int2:max --baseline int4@int4 -o demo
 	@$(BIN)/python examples/show_lessons.py demo/report.json
 
+# One process per core with one thread each: threads of processes that share cores only wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
+
 test: .venv/installed-dev
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 slow: .venv/installed-dev
-	$(BIN)/pytest
+	$(PYTEST)
 	$(BIN)/python benchmarks/main_job.py
 
 lint: .venv/installed-dev

@@ -59,7 +59,7 @@ class RoundGPTQ:
     reference: GraphModule
     batch_size: int = 64
     damping: float = 0.01
-    shrinkage: float = 0.1
+    shrinkage: float = 0.25
     order: Order = "activation"
     scale_search: bool = True
     centred: bool = True

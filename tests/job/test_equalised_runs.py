@@ -71,10 +71,12 @@ def uneven_onnx(example_model: ir.Model, tmp_path_factory: pytest.TempPathFactor
     assert pairs
     values = prepared.model.graph.initializers
     for first, second in pairs:
-        names = [first.inputs[1].name, first.inputs[2].name, second.inputs[1].name]
-        weight, bias, behind = (values[name].const_value.numpy() for name in names)
+        names = [str(value.name) for value in (*first.inputs[1:3], second.inputs[1]) if value is not None]
+        weight, bias, behind = map(prepared.initializer, names)
         factors = np.exp2(np.random.default_rng(1).integers(-4, 5, len(weight))).astype(np.float32)
-        moved = weight * factors[:, None, None, None], bias * factors, behind / factors[:, None, None]
+        moved: list[np.ndarray] = [
+            weight * factors[:, None, None, None], bias * factors, behind / factors[:, None, None],
+        ]  # fmt: skip
         for name, array in zip(names, moved, strict=True):
             values[name].const_value = ir.tensor(array, name=name)
     path = tmp_path_factory.mktemp("uneven") / "uneven.onnx"
