@@ -10,7 +10,8 @@
     │   ├── UnsafeModelError        loading it could run code that nobody vouched for
     │   └── UnsupportedModelError   an operator or structure that qopt cannot take
     ├── PluginError         exit 4  a plugin that raised or broke its contract
-    └── VerificationError   exit 4  a pass or an emitted file that does not compute what it must
+    ├── VerificationError   exit 4  a pass or an emitted file that does not compute what it must
+    └── InterruptedRunError exit 130  the user stopped the run
 
 A message answers four questions in one line: what, where, expected and got, and what to do.
 """
@@ -111,6 +112,13 @@ class PluginError(QoptError):
 @final
 class VerificationError(QoptError):
     """A pass or an emitted file that does not compute what it must."""
+
+
+@final
+class InterruptedRunError(QoptError):
+    """The user stopped the run."""
+
+    exit_code: ClassVar[int] = 130
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

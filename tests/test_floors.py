@@ -13,7 +13,7 @@ PACKAGE = ROOT / "qopt"
 
 FLOORS = {
     0: "errors seeds spec size plan limits config threat statistics files cache plugins factories quiet progress "
-    "_version documents",
+    "_version documents plan_text",
     1: "quant lipschitz data",
     2: "graph runtime",
     3: "passes attacks hardware emit",
@@ -21,8 +21,9 @@ FLOORS = {
     5: "measure",
     6: "job",
     7: "api terminal",
-    8: "cli",
-    9: "__main__",
+    8: "commands",
+    9: "cli",
+    10: "__main__",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 
@@ -31,8 +32,8 @@ WALLS = {
     "networkx": ("graph/view.py",),
     "onnx": ("emit/", "runtime/", "graph/", "job/artefact.py"),
     "PIL": ("data.py",),
-    "rich": ("terminal.py", "progress.py", "cli.py"),
-    "typer": ("cli.py",),
+    "rich": ("terminal.py", "progress.py"),
+    "typer": ("cli.py", "commands/"),
 }
 
 

@@ -1,0 +1,79 @@
+"""What the commands that run the main job have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from qopt.errors import InterruptedRunError, UsageError
+
+
+def run_job(model: str, quiet: bool, threads: int | None, **arguments: Any) -> Any:
+    """The bundle that `qopt.optimize` returns; progress goes to stderr.
+
+    Raises:
+        InterruptedRunError: Ctrl-C; nothing was written.
+        QoptError: as `qopt.optimize` raises it.
+    """
+    from qopt.progress import reporter
+    from qopt.quiet import stdout_to_stderr
+
+    try:
+        with reporter(quiet) as progress, stdout_to_stderr():
+            progress("load")
+            import torch
+
+            from qopt.api import optimize as compile_model
+
+            if threads is not None:
+                torch.set_num_threads(threads)
+            return compile_model(model, progress=progress, **arguments)
+    except KeyboardInterrupt:  # the command framework would end without a word
+        raise InterruptedRunError("interrupted, nothing was written") from None
+
+
+def finish(bundle: Any, folder: Path, as_json: bool) -> None:
+    """Write the bundle, show it, and end with its exit code."""
+    bundle.write(folder)
+    from qopt.terminal import show
+
+    typer.echo(bundle.report.to_json(), nl=False) if as_json else show(bundle, folder)
+    raise typer.Exit(bundle.exit_code)
+
+
+def numbers(text: str, where: str) -> tuple[float, ...]:
+    """The numbers of a list with commas; UsageError naming the option ``where`` it was given."""
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise UsageError("not a list of numbers", where=where, expected="like 0.5,0.5,0.5", got=repr(text)) from error
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Refuse wrong words at once, before the seconds that importing torch takes."""
+    from qopt.config import resolve_options
+    from qopt.hardware.targets import parse_target
+    from qopt.plugins import plugins as table
+
+    resolved = resolve_options(**options)
+    parse_target(resolved.target)
+    if resolved.search not in table("qopt.searches"):
+        from qopt.errors import nearest
+
+        known = nearest(resolved.search, table("qopt.searches"))
+        raise UsageError("unknown name", where="--search", got=repr(resolved.search), fix=known)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a file as the output folder before anything is computed."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError("the output folder is a file", where=str(folder), fix="choose another with -o")
+
+
+def cache_folder() -> Path:
+    """Where expensive evaluations are kept by content."""
+    from qopt.cache import default_folder
+
+    return default_folder()
