@@ -32,7 +32,7 @@ from qopt.passes.watcher import live_bytes
 from qopt.plan import Plan
 from qopt.quant import AffineRange, AnyWeight, RangeObserver, quantize_weight
 from qopt.seeds import derive
-from qopt.spec import ActivationSpec, WeightSpec
+from qopt.spec import FLOAT_ACTIVATION, ActivationSpec, WeightSpec
 
 BATCH = 64
 """Calibration images per run where the batch axis is dynamic."""
@@ -53,49 +53,117 @@ ACTIVATION_BYTES = 1 << 29
 """The activations that passes which run all their images side by side may hold at once; fewer images where more."""
 
 
-@final
 @dataclass(frozen=True, eq=False)
-class Applied:
+class AppliedWeights:
     """A plan made real.
 
     Attributes:
         plan: the plan with the ranges it was applied with.
         quantized: codes, biases and ranges by name, for the emitter.
-        graph: the quantized twin, weights folded, gradients straight through.
         seconds: pass name to the time it took.
         notes: what the passes said.
     """
 
     plan: Plan
     quantized: Quantized
-    graph: GraphModule
     seconds: Mapping[str, float]
     notes: tuple[str, ...]
 
 
 @final
+@dataclass(frozen=True, eq=False)
+class Applied(AppliedWeights):
+    """A plan made real with its twin.
+
+    Attributes:
+        graph: the quantized twin, weights folded, gradients straight through.
+    """
+
+    graph: GraphModule
+
+
 @dataclass
-class Quantizer:
-    """Turns plans for one network into quantized networks; what plans have in common is computed once.
+class WeightOnly:
+    """Turns plans that leave activations in float into codes, for any network: nothing needs to be run.
 
     Attributes:
         prepared: the float network.
+        notes: what was done to it.
+    """
+
+    prepared: Prepared
+    notes: list[str] = field(default_factory=list, kw_only=True)
+    _weights: dict[tuple[str, WeightSpec], AnyWeight] = field(default_factory=dict, kw_only=True)
+
+    def weight(self, layer: Layer) -> Tensor:
+        """The float weight of a layer, in its stored orientation."""
+        return torch.from_numpy(self.prepared.initializer(layer.initializer).copy())
+
+    def quantized_weight(self, layer: Layer, spec: WeightSpec) -> AnyWeight:
+        """The codes of a layer in a format, computed once."""
+        key = (layer.name, spec)
+        if key not in self._weights:
+            self._weights[key] = quantize_weight(self.weight(layer), spec, layer.channel_axis, where=layer.name)
+        return self._weights[key]
+
+    def apply(self, plan: Plan) -> AppliedWeights:
+        """Make ``plan`` real.
+
+        Raises:
+            PlanError: it was made for another network, names what this one does not have, or asks for what needs
+                images: activation formats, bias correction, rounding by GPTQ or AdaRound.
+        """
+        asked = {
+            "defaults.activations": plan.defaults.activations != str(FLOAT_ACTIVATION),
+            "activations": any(spec != str(FLOAT_ACTIVATION) for spec in plan.activations.values()),
+            "ranges": bool(plan.ranges),
+            "bias_correction": plan.bias_correction,
+            "rounding": plan.rounding != "nearest",
+        }
+        wrong = next((key for key, is_asked in asked.items() if is_asked), None)
+        if wrong is not None:
+            raise PlanError(
+                "the plan asks for more than weights", where=f"key '{wrong}'",
+                got=f"a network that images cannot be run through: {self.prepared.other or 'it has no twin'}",
+                fix="leave activations float, rounding nearest and bias_correction false",
+            )  # fmt: skip
+        return AppliedWeights(plan, Quantized(self._codes(plan)), {}, ())
+
+    def _codes(self, plan: Plan) -> dict[str, AnyWeight]:
+        """Layer to its codes, all rounded to nearest; layers that stay float are absent."""
+        if plan.model not in ("", self.prepared.digest):
+            raise PlanError(
+                "the plan was made for another model", where="model", expected=self.prepared.digest[:12],
+                got=plan.model[:12], fix="leave the plan's model empty to apply it to any",
+            )  # fmt: skip
+        specs = plan.weight_specs([layer.name for layer in self.prepared.layers])
+        return {
+            layer.name: self.quantized_weight(layer, specs[layer.name])
+            for layer in self.prepared.layers
+            if not specs[layer.name].is_float
+        }
+
+
+@final
+@dataclass
+class Quantizer(WeightOnly):
+    """Turns plans for a classifier of images into quantized networks; what plans have in common is computed once.
+
+    Attributes:
         calibration: images float32 (n, ...) as the network takes them, or None where there is no data; kept in whole
             batches where the graph takes one batch size only.
         float_graph: the float twin in canonical form, its activations marked; shared, never changed.
-        notes: what the passes that made ``float_graph`` said.
+        notes: what was done to the network, and what the passes that made ``float_graph`` said.
         seconds: name of each of them to the time it took.
 
     Raises:
         DataError: calibration images that the network does not take.
+        UnsupportedModelError: an operator that the twin does not have.
     """
 
-    prepared: Prepared
     calibration: Tensor | None = None
     float_graph: GraphModule = field(init=False)
-    notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
-    _weights: dict[tuple[str, WeightSpec], AnyWeight] = field(default_factory=dict)
     _observers: dict[str, RangeObserver] = field(default_factory=dict)
     _bounds: dict[tuple[str, ActivationSpec], tuple[float, float]] = field(default_factory=dict)
 
@@ -119,17 +187,6 @@ class Quantizer:
         """Quantizable activation tensors, each with the values that carry its codes."""
         return quantizable(self.float_graph)
 
-    def weight(self, layer: Layer) -> Tensor:
-        """The float weight of a layer, in its stored orientation."""
-        return torch.from_numpy(self.prepared.initializer(layer.initializer).copy())
-
-    def quantized_weight(self, layer: Layer, spec: WeightSpec) -> AnyWeight:
-        """The codes of a layer in a format, computed once."""
-        key = (layer.name, spec)
-        if key not in self._weights:
-            self._weights[key] = quantize_weight(self.weight(layer), spec, layer.channel_axis, where=layer.name)
-        return self._weights[key]
-
     def apply(self, plan: Plan) -> Applied:
         """Make ``plan`` real.
 
@@ -137,18 +194,8 @@ class Quantizer:
             PlanError: it was made for another network, names what this one does not have, or asks without data for
                 what needs images: activations without ranges, bias correction, rounding by GPTQ.
         """
-        if plan.model not in ("", self.prepared.digest):
-            raise PlanError(
-                "the plan was made for another model", where="model", expected=self.prepared.digest[:12],
-                got=plan.model[:12], fix="leave the plan's model empty to apply it to any",
-            )  # fmt: skip
-        specs = plan.weight_specs([layer.name for layer in self.prepared.layers])
+        weights = self._codes(plan)
         plan = plan.with_changes(ranges=self._ranges(plan))
-        weights = {
-            layer.name: self.quantized_weight(layer, specs[layer.name])
-            for layer in self.prepared.layers
-            if not specs[layer.name].is_float
-        }
         activations = self._activations(plan)
         rounders = self._rounders(plan) if weights else []
         steps: list[Pass] = [InsertWeightQuantizers(weights), InsertActivationQuantizers(activations), *rounders]
@@ -161,7 +208,7 @@ class Quantizer:
         quantized = Quantized(weights, biases, activations)
         second = Pipeline((RoundBiases(self._kernel_biases(quantized)), FoldWeights()), self.sample)
         graph = second(graph)
-        return Applied(plan, quantized, graph, first.seconds | second.seconds, (*first.notes, *second.notes))
+        return Applied(plan, quantized, first.seconds | second.seconds, (*first.notes, *second.notes), graph)
 
     def _kernel_biases(self, quantized: Quantized) -> dict[tuple[str, int], Tensor]:
         """What the integer kernels of the emitted file will add, for the layers that run on them."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
+import onnx
 import pytest
+from onnx import numpy_helper
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -24,6 +27,18 @@ def assets() -> Path:
     if not folder:
         pytest.skip("QOPT_ASSETS is not set")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def text_model() -> Callable[..., onnx.ModelProto]:
+    """An ONNX model from the text of its graph, with arrays for initializers by name."""
+
+    def parse(graph: str, opset: int = 21, **arrays: Any) -> onnx.ModelProto:
+        model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : {opset}]>\n{graph}')
+        model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in arrays.items())
+        return model
+
+    return parse
 
 
 @pytest.hookimpl(wrapper=True)

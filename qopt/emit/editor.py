@@ -21,9 +21,6 @@ from qopt.runtime.patterns import Subgraph, float_weight, integer_weight
 
 __all__ = ["emit", "runs_on_integers"]
 
-WEIGHT = 1
-"""Every operator that applies a weight reads it as its second input."""
-
 EXPORTER_TRACES = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node", "pkg.onnxscript.rewriter.rule_name")
 
 
@@ -51,7 +48,8 @@ def emit(
     _check_names(prepared, quantized)
     model = prepared.model.clone()
     graph = model.graph
-    job = _Job(prepared, quantized, Additions(graph), {node.name: node for node in graph})
+    places = {node: number for number, node in enumerate(graph)}
+    job = _Job(prepared, quantized, Additions(graph), {node.name: node for node in graph}, places)
     parts = integer_parts(prepared, quantized)
     for layer in prepared.layers:
         if layer.name in parts:
@@ -75,12 +73,13 @@ def emit(
 @final
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """One emission under way; ``nodes`` are those of the copy, by name."""
+    """One emission under way; ``nodes`` are those of the copy, by name, and ``places`` their numbers in the graph."""
 
     prepared: Prepared
     quantized: Quantized
     additions: Additions
     nodes: Mapping[str | None, ir.Node]
+    places: Mapping[ir.Node, int]
 
     def write_integer(self, layer: Layer, part: IntegerLayer) -> None:
         """The weight for integer kernels, and the biases as these kernels round them."""
@@ -108,10 +107,14 @@ class _Job:
             write_bias(self.additions, self.nodes[use.node], layer, use, bias)
 
     def _replace_weight(self, layer: Layer, packed: tuple[Subgraph, ir.Value]) -> None:
+        """Whoever reads the weight reads the packed one: the layer's nodes, for a tied table through a Transpose."""
         subgraph, weight = packed
-        self.additions.place(subgraph, self.nodes[layer.uses[0].node])
-        for use in layer.uses:
-            self.nodes[use.node].replace_input_with(WEIGHT, weight)
+        graph = self.additions.graph
+        readers = list(graph.initializers[layer.initializer].uses())
+        first = min((node for node, _ in readers), key=self.places.__getitem__)
+        self.additions.place(subgraph, first)
+        for node, position in readers:
+            node.replace_input_with(position, weight)
 
 
 def _check_names(prepared: Prepared, quantized: Quantized) -> None:
@@ -147,5 +150,10 @@ def _check_every_layer(model: ir.Model, prepared: Prepared, quantized: Quantized
 
 
 def _reads_codes(node: ir.Node | None) -> bool:
-    weight = node.inputs[WEIGHT] if node is not None else None
-    return weight is not None and weight.producer() is not None
+    """Whether the weight is computed, for a tied table before it is transposed."""
+    weight = None if node is None else node.inputs[0 if node.op_type == "Gather" else 1]
+    producer = None if weight is None else weight.producer()
+    if producer is not None and producer.op_type == "Transpose":
+        source = producer.inputs[0]
+        return source is not None and source.producer() is not None
+    return producer is not None

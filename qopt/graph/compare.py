@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, cast, final
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from qopt.errors import UnsupportedModelError
-from qopt.graph.model import Prepared
+from qopt.graph.model import Feeds, Prepared
 from qopt.graph.names import values
 from qopt.seeds import derive
 
@@ -46,18 +46,22 @@ class Runner:
             self._session: Any = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises a dozen unrelated types, and TypeErrors for bad UTF-8
             raise UnsupportedModelError("ONNX Runtime refuses the graph", got=_first_line(error)) from error
-        self._input: str = self._session.get_inputs()[0].name
+        self._inputs: list[str] = [value.name for value in self._session.get_inputs()]
 
-    def all(self, images: Array) -> list[NDArray[Any]]:
-        """Every output for ``images`` of shape (batch, ...); raises UnsupportedModelError where the run fails."""
+    def all(self, feeds: Feeds) -> list[NDArray[Any]]:
+        """Every output for ``feeds``, of which those that the graph reads are used.
+
+        Raises:
+            UnsupportedModelError: where the run fails.
+        """
         try:
-            return cast("list[NDArray[Any]]", self._session.run(None, {self._input: images}))
+            return cast("list[NDArray[Any]]", self._session.run(None, {name: feeds[name] for name in self._inputs}))
         except Exception as error:
             raise UnsupportedModelError("ONNX Runtime cannot run the graph", got=_first_line(error)) from error
 
     def __call__(self, images: Array) -> NDArray[Any]:
-        """The first output for ``images``."""
-        return self.all(images)[0]
+        """The first output for ``images`` of shape (batch, ...), of a graph with one input."""
+        return self.all({self._inputs[0]: images})[0]
 
 
 def _first_line(error: Exception) -> str:
@@ -72,14 +76,34 @@ def random_images(shape: Iterable[int], count: int, seed: int = 0) -> Array:
 
 
 def difference(got: NDArray[Any], expected: NDArray[Any]) -> float:
-    """``max|got - expected| / max(1, max|expected|)``; NaN agrees with NaN, and different shapes are infinitely far."""
-    if got.shape != expected.shape or not np.array_equal(np.isfinite(got), np.isfinite(expected)):
+    """``max|got - expected| / max(1, max|expected|)``; NaN agrees with NaN, and different shapes are infinitely far.
+
+    So is everything that is no number and not the same.
+    """
+    if got.shape != expected.shape or got.dtype != expected.dtype:
+        return float("inf")
+    if expected.dtype.kind not in "fiub":
+        return 0.0 if np.array_equal(got, expected) else float("inf")
+    if not np.array_equal(np.isfinite(got), np.isfinite(expected)):
         return float("inf")
     finite = np.isfinite(expected)
     if not np.array_equal(got[~finite], expected[~finite], equal_nan=True):
         return float("inf")
     a, b = got[finite].astype(np.float64), expected[finite].astype(np.float64)
     return float(np.abs(a - b).max() / max(1.0, np.abs(b).max())) if b.size else 0.0
+
+
+def largest_difference(got: Sequence[Any], expected: Sequence[Any]) -> float:
+    """The largest `difference` of any output; those that are sequences are compared part by part."""
+    if len(got) != len(expected):
+        return float("inf")
+    return max(map(_any_difference, got, expected), default=0.0)
+
+
+def _any_difference(got: Any, expected: Any) -> float:
+    if isinstance(expected, list):
+        return largest_difference(got, expected) if isinstance(got, list) else float("inf")
+    return difference(np.asarray(got), np.asarray(expected))
 
 
 def matches_onnxruntime(prepared: Prepared, twin: torch.fx.GraphModule, seed: int = 0) -> float:
@@ -94,14 +118,11 @@ def matches_onnxruntime(prepared: Prepared, twin: torch.fx.GraphModule, seed: in
     return difference(got, Runner(prepared.model)(images))
 
 
-def observed_shapes(model: ir.Model, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """The shapes that the named values take for an image of zeros (or the fixed batch), by running the graph."""
+def observed_shapes(model: ir.Model, names: Iterable[str], feeds: Feeds) -> dict[str, tuple[int, ...]]:
+    """The shapes that the named values take for ``feeds``, by running the graph."""
     probe = model.clone()
     by_name = {value.name: value for value in values(probe.graph)}
     wanted = list(dict.fromkeys(names))
     probe.graph.outputs[:] = [by_name[name] for name in wanted]
-    shape = probe.graph.inputs[0].shape
-    assert shape is not None
-    sizes = [dim if isinstance(dim, int) else 1 for dim in shape]
-    outputs = Runner(probe).all(np.zeros(sizes, np.float32))
+    outputs = Runner(probe).all(feeds)
     return {name: output.shape for name, output in zip(wanted, outputs, strict=True)}

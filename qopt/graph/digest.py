@@ -11,12 +11,12 @@ from qopt.graph.model import Layer
 
 
 def digest(model: ir.Model, layers: Iterable[Layer]) -> str:
-    """SHA-256 over operators, attributes, connections, constants, the image's shape and the names of the layers.
+    """SHA-256 over operators, attributes, connections, constants, the inputs' shapes and the names of the layers.
 
     Every value is hashed from its producer and that node's inputs, so the order of nodes and initializers in the file,
     the names of nodes and of other values, documentation and metadata do not count.
     """
-    known = {value: _hash("input", str(value.dtype), str(value.shape and value.shape[1:])) for value in _images(model)}
+    known = {value: _input(value, index) for index, value in enumerate(model.graph.inputs)}
     for name, value in model.graph.initializers.items():
         known[value] = _constant(value, name)
     for node in model.graph:
@@ -30,8 +30,10 @@ def digest(model: ir.Model, layers: Iterable[Layer]) -> str:
     return _hash(opset, *(known[value] for value in model.graph.outputs), *sorted(named))
 
 
-def _images(model: ir.Model) -> list[ir.Value]:
-    return list(model.graph.inputs)
+def _input(value: ir.Value, index: int) -> str:
+    """Its type, its sizes but the batch's, and, beyond the first, its place; what symbols are called does not count."""
+    sizes = tuple(dim if isinstance(dim, int) else None for dim in value.shape[1:]) if value.shape is not None else None
+    return _hash("input", str(value.dtype), str(sizes), *([str(index)] if index else []))
 
 
 def _hash(*parts: str) -> str:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import cast, final
+from typing import Final, TypeGuard, cast, final
 
 import onnx_ir as ir
 
 from qopt.graph.compare import observed_shapes
 from qopt.graph.layer_names import layer_name
-from qopt.graph.model import Layer, Use, WeightedOp
+from qopt.graph.model import Feeds, Layer, Use, WeightedOp
 from qopt.graph.names import unique, values
-from qopt.graph.shapes import set_batch
+from qopt.graph.shapes import fix_shapes
 
 _OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+SHORTEST_ROW: Final = 8
+"""Numbers in a row of a table that are worth a scale of their own: 32 bits, as many as 8 codes of 4 bits have."""
 
 
 @final
@@ -33,18 +36,21 @@ class _Site:
     bias: str | None
 
 
-def find_layers(model: ir.Model, input_shape: Sequence[int]) -> tuple[Layer, ...]:
+def find_layers(model: ir.Model, example: Feeds, *, tables: bool = False) -> tuple[Layer, ...]:
     """The layers of ``model`` in graph order.
 
     Taken are Conv over one or two axes, ConvTranspose with one group, Gemm without scaling or a transposed left side,
-    and MatMul by a matrix; in each the weight is a float32 initializer that has no other kind of use.
+    MatMul by a matrix, and with ``tables`` Gather of rows: embeddings, which the output layer may share where it
+    reads rows as its channels. In each the weight is a float32 initializer that has no other kind of use.
 
     Args:
         model: a graph at opset 21 or newer, with unique names.
-        input_shape: shape of one image.
+        example: inputs that the graph takes; sizes, and so costs, are those of the first input's first axis by one.
+        tables: whether embeddings are layers.
     """
-    groups = _grouped(model)[0]
-    shapes = _shapes(model, input_shape, [v for sites in groups for site in sites for v in (site.input, site.output)])
+    groups = _grouped(model, tables)[0]
+    wanted = [v for sites in groups for site in sites for v in (site.input, site.output)]
+    shapes, items = _shapes(model, example, wanted), _items(model, example)
     taken: set[str] = set()
     layers = []
     for sites in groups:
@@ -53,40 +59,81 @@ def find_layers(model: ir.Model, input_shape: Sequence[int]) -> tuple[Layer, ...
         taken.add(name)
         layers.append(
             Layer(
-                name=name, op=first.op, initializer=str(first.weight.name), shape=_weight_shape(first.weight),
-                channel_axis=first.axis, groups=first.groups, uses=tuple(_use(site, shapes) for site in sites),
+                name=name, op=_op(sites), initializer=str(first.weight.name), shape=_weight_shape(first.weight),
+                channel_axis=first.axis, groups=first.groups, uses=tuple(_use(site, shapes, items) for site in sites),
             )
         )  # fmt: skip
     return tuple(layers)
 
 
-def left_in_float(model: ir.Model) -> tuple[str, ...]:
+def left_in_float(model: ir.Model, *, tables: bool = False) -> tuple[str, ...]:
     """One clause for each weight that stays in float, and why."""
-    return tuple(_grouped(model)[1])
+    return tuple(_grouped(model, tables)[1])
 
 
-def _grouped(model: ir.Model) -> tuple[list[list[_Site]], list[str]]:
+def _grouped(model: ir.Model, tables: bool) -> tuple[list[list[_Site]], list[str]]:
     """The sites of each weight, in graph order, and the reasons why some weights are none."""
     found: dict[ir.Value, list[_Site]] = {}
     reasons: dict[ir.Value, str] = {}
     for node in model.graph:
-        weight = node.inputs[1] if node.op_type in _OPS and len(node.inputs) > 1 else None
-        if weight is None or not weight.is_initializer() or weight.dtype != ir.DataType.FLOAT:
-            continue
-        site = _site(node, weight)
-        if isinstance(site, _Site):
-            found.setdefault(weight, []).append(site)
-        else:
-            reasons.setdefault(weight, site)
+        for weight, site in _applied(node, tables):
+            if isinstance(site, _Site):
+                found.setdefault(weight, []).append(site)
+            else:
+                reasons.setdefault(weight, site)
     for weight, sites in found.items():
-        applied = {(site.op, site.axis, site.groups) for site in sites}
-        if len(applied) > 1 or len(weight.uses()) != len(sites) or weight.is_graph_output():
+        alike = len({(site.axis, site.groups) for site in sites}) == 1 and _alike({site.op for site in sites})
+        if not alike or len(weight.uses()) != len(sites) or weight.is_graph_output():
             reasons.setdefault(weight, "another kind of operator uses the weight too")
     kept = [sites for weight, sites in found.items() if weight not in reasons]
     return kept, [f"{weight.name} stays in float: {reason}" for weight, reason in reasons.items()]
 
 
-def _site(node: ir.Node, weight: ir.Value) -> _Site | str:
+def _alike(ops: set[WeightedOp]) -> bool:
+    """Whether one format suits all operators of a weight: one operator, or an embedding with the output layer."""
+    return len(ops) == 1 or (len(ops) == 2 and "Gather" in ops and ops <= {"Gather", "Gemm", "MatMul"})
+
+
+def _op(sites: Sequence[_Site]) -> WeightedOp:
+    return next((site.op for site in sites if site.op == "Gather"), sites[0].op)
+
+
+def _applied(node: ir.Node, tables: bool) -> Iterator[tuple[ir.Value, _Site | str]]:
+    """The constant that ``node`` applies, with how it does, or why the constant cannot be quantized there."""
+    first, second = ([*node.inputs, None, None])[:2]
+    if node.op_type == "Gather" and tables and _is_weight(first):
+        yield first, _table_site(node, first)
+    elif node.op_type in _OPS and _is_weight(second):
+        yield second, _site(node, second)
+    elif node.op_type == "MatMul" and (table := _transposed(second)) is not None:
+        yield table, _site(node, table, transposed=True)
+    elif node.op_type in ("Gemm", "MatMul") and _is_weight(first):
+        yield first, "it is the left side of the product"
+
+
+def _is_weight(value: ir.Value | None) -> TypeGuard[ir.Value]:
+    return value is not None and value.is_initializer() and value.dtype == ir.DataType.FLOAT
+
+
+def _transposed(value: ir.Value | None) -> ir.Value | None:
+    """The constant matrix that ``value`` is the transpose of."""
+    node = None if value is None else value.producer()
+    table = node.inputs[0] if node is not None and node.op_type == "Transpose" else None
+    return table if _is_weight(table) and len(_weight_shape(table)) == 2 else None
+
+
+def _table_site(node: ir.Node, table: ir.Value) -> _Site | str:
+    index, shape = node.inputs[1], _weight_shape(table)
+    if index is None or index.is_initializer():
+        return "no input flows through it"
+    if _int(node, "axis", 0) != 0:
+        return "Gather along another axis than its rows"
+    if prod(shape[1:]) < SHORTEST_ROW:
+        return f"its rows have fewer than {SHORTEST_ROW} numbers"
+    return _Site(node, "Gather", table, 0, 1, index, node.outputs[0], None)
+
+
+def _site(node: ir.Node, weight: ir.Value, *, transposed: bool = False) -> _Site | str:
     """How ``node`` applies ``weight``, or why the weight cannot be quantized there."""
     data = node.inputs[0]
     rank = len(_weight_shape(weight))
@@ -101,7 +148,8 @@ def _site(node: ir.Node, weight: ir.Value) -> _Site | str:
         return "Gemm with scaling or a transposed left side"
     if node.op_type == "MatMul" and rank != 2:
         return "MatMul by a stack of matrices"
-    axis = {"Conv": 0, "ConvTranspose": 1, "Gemm": 0 if _int(node, "transB", 0) else 1, "MatMul": 1}[node.op_type]
+    by_rows = bool(_int(node, "transB", 0)) or transposed
+    axis = 0 if by_rows or node.op_type == "Conv" else 1
     output, bias = node.outputs[0], None
     if node.op_type == "MatMul":
         output, bias = _added_bias(node, _weight_shape(weight)[axis])
@@ -147,30 +195,31 @@ def _float(node: ir.Node, name: str) -> float:
     return attribute.as_float() if attribute is not None else 1.0
 
 
-def _shapes(
-    model: ir.Model, input_shape: Sequence[int], wanted: Sequence[ir.Value]
-) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Shape of every wanted value for a batch, and the batch: inferred where possible, else observed in a run."""
+def _shapes(model: ir.Model, example: Feeds, wanted: Sequence[ir.Value]) -> dict[str, tuple[int, ...]]:
+    """Shape of every wanted value for the example: inferred where possible, else observed in a run."""
     probe = model.clone()
-    declared = probe.graph.inputs[0].shape
-    batch = declared[0] if declared is not None and isinstance(declared[0], int) else 1
-    set_batch(probe, batch)
-    known: dict[str, tuple[int, ...]] = {}
+    known = {name: array.shape for name, array in example.items()}
+    fix_shapes(probe, known)
     for value in values(probe.graph):
         if value.name and value.shape is not None and value.shape.is_static():
             known[value.name] = tuple(dim for dim in value.shape if isinstance(dim, int))
-    known[str(probe.graph.inputs[0].name)] = (batch, *input_shape)
     missing = [str(value.name) for value in wanted if value.name not in known]
-    known.update(observed_shapes(probe, missing) if missing else {})
-    return {str(value.name): (known[str(value.name)], batch) for value in wanted}
+    known.update(observed_shapes(probe, missing, example) if missing else {})
+    return {str(value.name): known[str(value.name)] for value in wanted}
 
 
-def _use(site: _Site, shapes: dict[str, tuple[tuple[int, ...], int]]) -> Use:
+def _items(model: ir.Model, example: Feeds) -> int:
+    """How many images, texts, ... the example holds."""
+    shape = example[str(model.graph.inputs[0].name)].shape
+    return shape[0] if len(shape) > 1 else 1
+
+
+def _use(site: _Site, shapes: dict[str, tuple[int, ...]], items: int) -> Use:
     """A weight element is multiplied once per position: of the output, or of the input for a transposed convolution."""
-    shape, batch = shapes[str(site.input.name if site.op == "ConvTranspose" else site.output.name)]
+    shape = shapes[str(site.input.name if site.op == "ConvTranspose" else site.output.name)]
     weight = _weight_shape(site.weight)
-    per_position = prod(weight[1:]) if site.op in ("Conv", "ConvTranspose") else weight[1 - site.axis]
+    per_position = weight[1 - site.axis] if site.op in ("Gemm", "MatMul") else prod(weight[1:])
+    macs = 0 if site.op == "Gather" else prod(shape) * per_position // items
     return Use(
-        node=str(site.node.name), input=str(site.input.name), output=str(site.output.name), bias=site.bias,
-        macs=prod(shape) * per_position // batch,
-    )  # fmt: skip
+        node=str(site.node.name), input=str(site.input.name), output=str(site.output.name), bias=site.bias, macs=macs
+    )

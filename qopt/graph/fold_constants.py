@@ -16,6 +16,9 @@ logging.getLogger("onnxscript").addHandler(logging.NullHandler())
 _SMALL: Final = 2**18
 """Elements that any folded constant may have; a larger one must not outgrow what it was computed from."""
 
+_GROUP: Final = 8
+"""Codes of the fullest group, which Div by the powers of their base takes apart (`qopt.runtime.patterns`)."""
+
 _LARGEST: Final = 2**29
 """Elements of the largest weight that is computed from another one (transposed, cast, normalised)."""
 
@@ -47,7 +50,8 @@ def _should_fold(node: ir.Node) -> bool | None:
         return False
     size = prod(dim for dim in shape if isinstance(dim, int))
     sources = [value.const_value.size for value in node.inputs if value is not None and value.const_value is not None]
-    if size > max(_SMALL, *sources, 0):
+    growth = _GROUP if node.op_type == "Div" else 1
+    if size > max(_SMALL, *(growth * source for source in sources), 0):
         return False
     return True if node.op_type == "ConstantOfShape" else None
 

@@ -17,6 +17,9 @@ OPSET: Final = 21
 IR_VERSION: Final = 10
 """The IR version that opset 21 needs."""
 
+_CENTRED: Final = 11
+"""The first opset whose Resize can count from the middle of pixels, which is its default since."""
+
 _REWRITTEN: Final = 18
 """The oldest opset that onnxscript's converter takes; it keeps all metadata, ONNX's own does not."""
 
@@ -37,6 +40,8 @@ def convert_opset(model: ir.Model) -> tuple[ir.Model, tuple[str, ...]]:
             converted = model
         else:
             converted = _convert_old(model)
+            if old < _CENTRED:
+                _count_from_the_corner(converted)
     except Exception as error:  # both converters raise plain RuntimeErrors and worse
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UnsupportedModelError(
@@ -62,3 +67,20 @@ def _convert_old(model: ir.Model) -> ir.Model:
             node.metadata_props.update(origin.metadata_props)
             node.doc_string = origin.doc_string
     return converted
+
+
+def _count_from_the_corner(model: ir.Model) -> None:
+    """Say what Upsample and the first Resize did, which ONNX's converter leaves to defaults that mean something else.
+
+    Coordinates counted from the corner of the image; nearest rounded down, where the image shrinks up (as ONNX Runtime
+    has it, the specification does not say).
+    """
+    for node in model.graph:
+        if node.op_type != "Resize":
+            continue
+        scales = ir.convenience.get_const_tensor(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else None
+        shrinks = scales is not None and bool((scales.numpy() < 1).any())
+        node.attributes["coordinate_transformation_mode"] = ir.AttrString(
+            "coordinate_transformation_mode", "asymmetric"
+        )
+        node.attributes["nearest_mode"] = ir.AttrString("nearest_mode", "ceil" if shrinks else "floor")

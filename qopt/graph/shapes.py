@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
@@ -28,5 +29,13 @@ def set_batch(model: ir.Model, batch: int | str) -> None:
     image = model.graph.inputs[0]
     assert image.shape is not None
     image.shape = ir.Shape([batch, *image.shape[1:]])
+    forget_shapes(model)
+    infer_shapes(model)
+
+
+def fix_shapes(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Declare the shapes of the inputs by name, and infer all shapes anew."""
+    for value in model.graph.inputs:
+        value.shape = ir.Shape(shapes[str(value.name)])
     forget_shapes(model)
     infer_shapes(model)

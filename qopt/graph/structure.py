@@ -1,4 +1,4 @@
-"""What a graph must be before qopt works on it: one image in, one row of logits out, operators that are known."""
+"""What a graph must be before qopt works on it, and whether one image goes in."""
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ _RANDOM: Final = frozenset(
 )
 _TAKES_INFINITY: Final = frozenset({"Clip", "Max", "Min", "Pad", "Where"})
 """Operators for which an infinite constant is a mask or a missing bound and not a broken weight."""
+
+_TAKES_MASKS: Final = _TAKES_INFINITY | {
+    "Add", "Cast", "CastLike", "Concat", "Expand", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose",
+    "Trilu", "Unsqueeze",
+}  # fmt: skip
+"""Operators on the way of a mask of minus infinity to the scores of an attention."""
 
 
 def check_nodes(model: ir.Model) -> None:
@@ -99,9 +105,12 @@ def check_valid(model: ir.Model) -> None:
     """Infer shapes and run the ONNX checker; raises CorruptModelError with its first line."""
     try:
         infer_shapes(model)
-        for output in model.graph.outputs:  # the checker wants a shape, which ONNX Runtime does without
-            output.shape = output.shape if output.shape is not None else ir.Shape([None, None])
+        unknown = [output for output in model.graph.outputs if output.shape is None]
+        for output in unknown:  # the checker wants a shape, which ONNX Runtime does without
+            output.shape = ir.Shape([None, None])
         passes.CheckerPass()(model)
+        for output in unknown:
+            output.shape = None
     except Exception as error:  # the checker raises whatever its C++ code met first
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise CorruptModelError("not a valid ONNX graph", where=_title(model), got=reason[0]) from error
@@ -117,7 +126,8 @@ def check_finite(model: ir.Model) -> None:
         if np.isfinite(array).all():
             continue
         users = {node.op_type for node in value.consumers()}
-        if np.isnan(array).any() or not users <= _TAKES_INFINITY or not users:
+        taking = _TAKES_INFINITY if (array == np.inf).any() else _TAKES_MASKS
+        if np.isnan(array).any() or not users <= taking or not users:
             kind = "NaN" if np.isnan(array).any() else "infinity"
             raise CorruptModelError(f"the constant holds {kind}", where=repr(value.name), expected="finite weights")
 
@@ -149,43 +159,60 @@ def check_sizes(model: ir.Model) -> None:
                 )  # fmt: skip
 
 
-def image_input(model: ir.Model) -> ir.Value:
-    """The only input that is no initializer: float32, shape (batch, ...) with every other size fixed.
-
-    Raises:
-        UnsupportedModelError: saying what the network takes instead.
-    """
-    inputs = [value for value in model.graph.inputs if not value.is_initializer()]
-    if len(inputs) != 1:
-        named = ", ".join(repr(value.name) for value in inputs) or "none"
-        raise UnsupportedModelError("the network must have one image input", expected="1 input", got=named)
-    image = inputs[0]
-    where = f"image input {image.name!r}"
-    if image.dtype != ir.DataType.FLOAT:
-        raise UnsupportedModelError("not a float32 tensor", where=where, got=str(image.dtype))
-    shape = image.shape
-    if shape is None or len(shape) < 2 or not all(isinstance(dim, int) and dim > 0 for dim in shape[1:]):
-        raise UnsupportedModelError(
-            "the image size must be known", where=where, expected="(batch, channels, height, width) with fixed sizes",
-            got=str(shape), fix="export it with only the batch axis dynamic",
-        )  # fmt: skip
-    if (isinstance(shape[0], int) and shape[0] < 1) or prod(d for d in shape if isinstance(d, int)) > LARGEST_TENSOR:
-        raise UnsupportedModelError("an impossible image size", where=where, got=str(shape))
-    return image
+def free_negative_sizes(model: ir.Model) -> None:
+    """Make dynamic the axes of inputs and outputs that a file gives the size -1, as older exporters of Paddle do."""
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None and -1 in value.shape:
+            value.shape = ir.Shape([None if dim == -1 else dim for dim in value.shape])
 
 
-def keep_logits(model: ir.Model) -> tuple[str, ...]:
-    """Keep the first output, the logits, and drop the others; returns the note that says so.
+def check_interface(model: ir.Model) -> None:
+    """Refuse a graph without inputs or computed outputs, and inputs that no tensor can be.
 
     Raises:
         CorruptModelError: where the graph has no outputs.
-        UnsupportedModelError: where the first one does not come from a node of the graph.
+        UnsupportedModelError: naming the input or output.
     """
-    outputs = list(model.graph.outputs)
-    if not outputs:
+    if not model.graph.outputs:
         raise CorruptModelError("the graph has no outputs", where=_title(model))
-    if outputs[0].producer() is None:
-        raise UnsupportedModelError("the logits are not computed by the graph", where=f"output {outputs[0].name!r}")
+    if not model.graph.inputs:
+        raise UnsupportedModelError("the network must have an input", where=_title(model), got="none")
+    if all(value.producer() is None for value in model.graph.outputs):
+        where = f"output {model.graph.outputs[0].name!r}"
+        raise UnsupportedModelError("the outputs are not computed by the graph", where=where)
+    for value in model.graph.inputs:
+        _check_input(value)
+
+
+def _check_input(value: ir.Value) -> None:
+    where = f"input {value.name!r}"
+    if not isinstance(value.type, ir.TensorType) or value.shape is None:
+        raise UnsupportedModelError(
+            "not a tensor with a known number of axes", where=where, got=str(value.type), fix="export it again"
+        )
+    sizes = [dim for dim in value.shape if isinstance(dim, int)]
+    if prod(sizes) > LARGEST_TENSOR or any(size < 1 for size in sizes):
+        raise UnsupportedModelError("an impossible size", where=where, got=str(value.shape))
+
+
+def takes_no_image(model: ir.Model) -> str:
+    """Why the inputs are no image of one size, float32 (batch, ...), in one clause; empty where they are."""
+    inputs = model.graph.inputs
+    if len(inputs) > 1:
+        return f"it takes {len(inputs)} inputs: {', '.join(repr(value.name) for value in inputs)}"
+    image = inputs[0]
+    assert image.shape is not None
+    if image.dtype != ir.DataType.FLOAT:
+        return f"its input {image.name!r} is {image.dtype}"
+    if len(image.shape) < 2 or not all(isinstance(dim, int) for dim in image.shape[1:]):
+        sizes = ", ".join(str(dim) if isinstance(dim, int) else "?" for dim in image.shape)
+        return f"its input {image.name!r} is no image of one size but ({sizes})"
+    return ""
+
+
+def keep_logits(model: ir.Model) -> tuple[str, ...]:
+    """Keep the first output, the logits, and drop the others; returns the note that says so."""
+    outputs = list(model.graph.outputs)
     del model.graph.outputs[1:]
     dropped = ", ".join(repr(value.name) for value in outputs[1:])
     return (f"{outputs[0].name!r} taken as the logits, outputs {dropped} dropped",) if dropped else ()

@@ -17,7 +17,7 @@ from qopt.lipschitz import NormBound
 from qopt.measure.norms import code_norms
 from qopt.plan import Plan, uniform
 from qopt.plugins import load
-from qopt.quantize import Applied
+from qopt.quantize import AppliedWeights
 from qopt.report.model import EvaluatedPlan, SearchFacts
 from qopt.search.rows import RowChoices, allocate_rows
 from qopt.search.space import Outcome, Space, Strategy
@@ -38,7 +38,7 @@ class Choice:
     end; layers that stay float are absent.
     """
 
-    applied: Applied
+    applied: AppliedWeights
     space: Space
     facts: SearchFacts
     norms: Mapping[str, tuple[NormBound, NormBound, NormBound]]
@@ -60,13 +60,22 @@ def choose(run: Run) -> Choice:
     filtered = _filter(run, space) if strategy.uses_sensitivity else Filtered(space, 1.0, ())
     run.progress(f"search: {strategy.name}")
     outcome = strategy(filtered.space)
-    applied, evaluated = select(run, _plans(run, strategy, space, filtered, outcome))
+    applied, evaluated = _decide(run, _plans(run, strategy, space, filtered, outcome))
     return Choice(applied, space, _facts(run, strategy, filtered, outcome, evaluated), _norms(run, applied))
+
+
+def _decide(run: Run, entries: list[Entry]) -> tuple[AppliedWeights, list[EvaluatedPlan]]:
+    """The plan that measures best on images; without them the first, as it is."""
+    if run.data is not None:
+        return select(run, entries)
+    needed = "what attacks need" if run.unattacked else "--data"
+    run.left_out.append(f"activation quantization, bias correction and measured selection: they need {needed}")
+    return run.weights.apply(entries[0].plan), []
 
 
 def _apply_given(run: Run, plan: Plan) -> Choice:
     """The user's own plan: nothing is searched, every figure is measured."""
-    applied = run.quantizer.apply(plan)
+    applied = run.weights.apply(plan)
     facts = SearchFacts(
         strategy="none, the plan was given", sensitivity="not used", thresholds="none", factor=1.0, relaxed=[],
         gap=None, evaluated=[], notes=[],
@@ -74,15 +83,15 @@ def _apply_given(run: Run, plan: Plan) -> Choice:
     return described(run, applied, facts)
 
 
-def described(run: Run, applied: Applied, facts: SearchFacts) -> Choice:
+def described(run: Run, applied: AppliedWeights, facts: SearchFacts) -> Choice:
     """The choice of a plan that was made real outside the search, with its norms."""
     return Choice(applied, build_space(run, (), measured=False), facts, _norms(run, applied))
 
 
-def _norms(run: Run, applied: Applied) -> dict[str, tuple[NormBound, NormBound, NormBound]]:
+def _norms(run: Run, applied: AppliedWeights) -> dict[str, tuple[NormBound, NormBound, NormBound]]:
     codes = applied.quantized.weights
     return {
-        layer.name: code_norms(layer, run.quantizer.weight(layer), codes[layer.name].dequantize())
+        layer.name: code_norms(layer, run.weights.weight(layer), codes[layer.name].dequantize())
         for layer in run.prepared.layers
         if layer.name in codes
     }

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, final
 
 import onnx_ir as ir
@@ -18,10 +19,10 @@ from qopt.data import Data, Split
 from qopt.errors import DataError, UnsupportedModelError, UsageError, VerificationError
 from qopt.graph.compare import TOLERANCE, matches_onnxruntime
 from qopt.graph.equalise import equalise
-from qopt.graph.model import Prepared
+from qopt.graph.model import Feeds, Prepared
 from qopt.graph.prepare import prepare
 from qopt.hardware.targets import Target, parse_target
-from qopt.job.artefact import Artefact, build_artefact, float_artefact
+from qopt.job.artefact import EmittedFile, build_artefact, build_file, float_artefact, float_file
 from qopt.job.bundle import Bundle, environment
 from qopt.job.choose import Choice, choose
 from qopt.job.equalised import contest_equalisation, tries_equalisation
@@ -31,8 +32,9 @@ from qopt.job.rows import Table
 from qopt.job.run import Progress, Run
 from qopt.measure.network import Normalisation
 from qopt.plan import Plan
-from qopt.quantize import ROUNDINGS, Quantizer, whole_batches
-from qopt.runtime.latency import measure_latency
+from qopt.quantize import ROUNDINGS, Applied, Quantizer, WeightOnly, whole_batches
+from qopt.runtime.latency import fastest, measure_latency
+from qopt.runtime.session import open_session
 from qopt.spec import ActivationSpec
 from qopt.threat import ThreatModel, default_threat
 
@@ -50,6 +52,7 @@ class Task:
         plan: a plan to apply instead of searching, or None.
         source: facts about the user's file for the manifest: ``file``, ``sha256``, ``bytes``; empty for a module.
         command: how to run it again.
+        axes: sizes of dynamic axes, as `prepare` takes them.
     """
 
     model: ir.Model
@@ -59,6 +62,7 @@ class Task:
     plan: Plan | None = None
     source: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
+    axes: Mapping[str, int] = field(default_factory=dict)
 
 
 def optimize_model(task: Task, cache: Cache, progress: Progress) -> Bundle:
@@ -75,16 +79,14 @@ def optimize_model(task: Task, cache: Cache, progress: Progress) -> Bundle:
         on = replace(task, options=replace(task.options, equalisation="on"))
         run, choice = contest_equalisation(run, choice, lambda: start(on, cache, clock))
     clock("emit and check the file")
-    artefact = build_artefact(run, choice.applied, layer_metadata(choice))
-    reference = float_artefact(run)
-    table = _measure(run, choice, artefact, reference)
+    artefact, reference, table = _emit(run, choice)
     row = next((r for r in table.rows if r.name == OURS), None) if table else None
     gates = threshold_gates(run, choice.facts)
     gates += [] if row is None else judge(task.options.active_gates, row)
     float_bytes = task.source.get("bytes") or len(reference.data)
     report = build_report(run, choice, artefact, table, gates, float_bytes, task.command)
     clock("latency")
-    latency = {"1": _latency(run, reference, artefact)} if run.prepared.batch is None else {}
+    latency = _latency(run, reference, artefact) if run.prepared.batch is None else {}
     clock("")
     manifest = {
         **environment(), "source": dict(task.source), "seed": task.options.seed, "options": task.options.as_dict(),
@@ -97,6 +99,9 @@ def optimize_model(task: Task, cache: Cache, progress: Progress) -> Bundle:
 
 OURS = "qopt"
 """The emitted file's row."""
+
+RUNS = 10
+"""Runs of which the fastest counts, where the network is no classifier of images and may be large."""
 
 
 class Clock:
@@ -117,21 +122,25 @@ class Clock:
 
 
 def start(task: Task, cache: Cache, progress: Progress) -> Run:
-    """Check the options against model and data, prepare the graph and its twin.
+    """Check the options against model and data, prepare the graph and, where it has one, its twin.
 
     Raises:
+        DataError: images for a network that takes none.
+        UnsupportedModelError: images for a network with an operator that the twin does not have.
         VerificationError: the twin computes something else than ONNX Runtime does.
     """
     data, options = task.data, task.options
     target = _target(options)
     progress("prepare the model")
-    prepared, notes = prepare(task.model), list[str]()
+    prepared, notes = prepare(task.model, task.axes), list[str]()
+    if data is None:
+        _check_needs_no_data(options, prepared)
+    elif not prepared.image:
+        raise _takes_no_data(prepared)
     if options.equalisation == "on" if task.plan is None else task.plan.equalisation:
-        prepared, notes = equalise(prepared)
+        prepared, notes = _equalised(prepared)
     if not prepared.layers:
         raise _no_layers(prepared, task.name)
-    if data is None:
-        _check_needs_no_data(options)
     shaped = None if data is None else data.shaped(prepared.input_shape)
     normalisation = Normalisation(options.mean, options.std)
     calibration = None
@@ -139,18 +148,51 @@ def start(task: Task, cache: Cache, progress: Progress) -> Run:
         _check_labels(shaped, prepared.classes)
         images = torch.from_numpy(shaped.calibrate.first(options.calibration_images).images)
         calibration = whole_batches(normalisation(images), prepared.batch)
-    quantizer = Quantizer(prepared, calibration, notes=notes)
-    _check_twin(prepared, quantizer)
+    weights, unattacked = _quantizer(prepared, calibration, notes)
     run = Run(
-        task.name, prepared, quantizer, shaped, options, target, _threat(options, prepared), cache, progress, task.plan
-    )
+        task.name, prepared, weights, shaped, options, target, _threat(options, prepared), cache, progress, task.plan,
+        unattacked,
+    )  # fmt: skip
     if shaped is not None and options.calibrated_on != "clean":
         progress(f"{options.calibrated_on} images to calibrate on")
         images = normalisation(_attacked_calibration(run, shaped.calibrate.first(options.calibration_images)))
-        run = replace(run, quantizer=Quantizer(prepared, whole_batches(images, prepared.batch), notes=notes))
-    if data is None and options.robust:
+        run = replace(run, weights=Quantizer(prepared, whole_batches(images, prepared.batch), notes=notes))
+    if unattacked:
+        run.left_out.append(unattacked)
+    elif data is None and options.robust:
         run.left_out.append("adversarial sensitivities, attacks and gates: they need --data")
     return run
+
+
+def _quantizer(prepared: Prepared, calibration: Tensor | None, notes: list[str]) -> tuple[WeightOnly, str]:
+    """What applies plans, with the twin where there is one, else with why nothing can be attacked.
+
+    Where there are images to attack with, a twin that cannot be built is an error.
+    """
+    if not prepared.image:
+        return WeightOnly(prepared, notes=notes), f"not attacked: {prepared.other}"
+    try:
+        quantizer = Quantizer(prepared, calibration, notes=notes)
+    except UnsupportedModelError as error:
+        if calibration is not None:
+            raise
+        return WeightOnly(prepared, notes=notes), f"not attacked: {error.what}, {error.where}"
+    _check_twin(prepared, quantizer)
+    return quantizer, ""
+
+
+def _takes_no_data(prepared: Prepared) -> DataError:
+    return DataError(
+        "attacks and activation quantization need one float image in and logits out", where="--data",
+        got=f"a network that does not: {prepared.other}", fix="leave out --data: weights are quantized without it",
+    )  # fmt: skip
+
+
+def _equalised(prepared: Prepared) -> tuple[Prepared, list[str]]:
+    if not prepared.image:
+        got = f"another network: {prepared.other}"
+        raise UsageError("equalisation is for classifiers of images", where="--equalisation", got=got)
+    return equalise(prepared)
 
 
 def _attacked_calibration(run: Run, clean: Split) -> Tensor:
@@ -173,7 +215,10 @@ def _no_layers(prepared: Prepared, name: str) -> UnsupportedModelError:
     )
 
 
-def _check_needs_no_data(options: Options) -> None:
+def _check_needs_no_data(options: Options, prepared: Prepared) -> None:
+    fix = (
+        "give --data" if prepared.image else f"leave it out: no image can be run through the network, {prepared.other}"
+    )
     needs = {
         "--gate": ("gates are measured on images", bool(options.gates)),
         "--thresholds": ("weighted thresholds weigh by the inputs of layers", options.thresholds == "weighted"),
@@ -184,7 +229,7 @@ def _check_needs_no_data(options: Options) -> None:
     }
     for option, (what, asked) in needs.items():
         if asked:
-            raise UsageError(what, where=option, fix="give --data")
+            raise UsageError(what, where=option, fix=fix)
 
 
 def _check_twin(prepared: Prepared, quantizer: Quantizer) -> None:
@@ -216,17 +261,33 @@ def _check_labels(data: Data, classes: int) -> None:
             raise DataError("labels out of range", where="--data", expected=f"0 to {classes - 1}", got=got)
 
 
-def _measure(run: Run, choice: Choice, artefact: Artefact, reference: Artefact) -> Table | None:
+def _emit(run: Run, choice: Choice) -> tuple[EmittedFile, EmittedFile, Table | None]:
+    """The file, the float one, and with images the table of what was measured on them."""
+    metadata = layer_metadata(choice)
     if run.data is None:
-        return None
+        return build_file(run, choice.applied, metadata), float_file(run), None
+    assert isinstance(choice.applied, Applied)
+    artefact, reference = build_artefact(run, choice.applied, metadata), float_artefact(run)
     table = Table(run)
     table.add_float(reference)
     for baseline in run.options.baselines:
         table.add_baseline(baseline)
     table.add(OURS, artefact, choice.applied, naive=True)
-    return table
+    return artefact, reference, table
 
 
-def _latency(run: Run, reference: Artefact, artefact: Artefact) -> dict[str, float]:
+def _latency(run: Run, reference: EmittedFile, artefact: EmittedFile) -> dict[str, dict[str, float]]:
+    """Items in a run to the seconds that it takes, by file; images are run one by one, anything else as its example."""
     models = {"float": reference.data, OURS: artefact.data}
-    return {name: round(seconds, 9) for name, seconds in measure_latency(models, run.prepared.input_shape).items()}
+    if run.prepared.image:
+        count, found = 1, measure_latency(models, run.prepared.input_shape)
+    else:
+        feeds = run.prepared.example
+        count = (*feeds[run.prepared.input].shape, 1)[0]
+        found = fastest({name: _call(model, feeds) for name, model in models.items()}, RUNS)
+    return {str(count): {name: round(seconds, 9) for name, seconds in found.items()}}
+
+
+def _call(model: bytes, feeds: Feeds) -> Callable[[], object]:
+    session = open_session(model)
+    return partial(session.run, None, {value.name: feeds[value.name] for value in session.get_inputs()})

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from qopt.emit import integer_layers
 from qopt.graph.model import Layer
-from qopt.job.artefact import Artefact
+from qopt.job.artefact import EmittedFile
 from qopt.job.choose import Choice
 from qopt.job.rows import Table
 from qopt.job.run import PROBE_STEPS, Run
@@ -46,7 +46,7 @@ def layer_metadata(choice: Choice) -> dict[str, dict[str, str]]:
 def build_report(
     run: Run,
     choice: Choice,
-    artefact: Artefact,
+    artefact: EmittedFile,
     table: Table | None,
     gates: list[GateRow],
     float_bytes: int,
@@ -88,8 +88,16 @@ def _model_facts(run: Run) -> ModelFacts:
     return ModelFacts(
         name=run.name, digest=p.digest, input=p.input, input_shape=list(p.input_shape), classes=p.classes,
         batch=p.batch, layers=len(p.layers), weights=sum(layer.weights for layer in p.layers),
-        notes=[*p.notes, *run.quantizer.notes],
+        notes=[*_interface(run), *p.notes, *run.weights.notes],
     )  # fmt: skip
+
+
+def _interface(run: Run) -> list[str]:
+    """What a network takes and gives that is no classifier of images."""
+    if run.prepared.image:
+        return []
+    outputs = ", ".join(str(value.name) for value in run.prepared.model.graph.outputs)
+    return [f"takes {', '.join(map(str, run.prepared.inputs))}; gives {outputs}"]
 
 
 def _data_facts(run: Run) -> DataFacts | None:
@@ -140,7 +148,7 @@ def _activation_rows(choice: Choice) -> list[ActivationRow]:
     ]
 
 
-def _warnings(run: Run, choice: Choice, artefact: Artefact, size: SizeFacts) -> list[str]:
+def _warnings(run: Run, choice: Choice, artefact: EmittedFile, size: SizeFacts) -> list[str]:
     warnings = [*run.warnings, *(run.data.notes if run.data else ())]
     kernels = artefact.kernels
     if kernels.agreement is not None and kernels.agreement < AGREEMENT:
@@ -186,8 +194,8 @@ def _channel_warnings(run: Run, choice: Choice) -> list[str]:
     """Layers with output channels whose weights are all zero, in the model or by its quantization."""
     found = []
     for layer in run.prepared.layers:
-        dead = _zero_channels(run.quantizer.weight(layer), layer)
-        if dead.any():
+        dead = _zero_channels(run.weights.weight(layer), layer)
+        if dead.any() and layer.op != "Gather":  # a row of zeros stands for no token
             found.append(
                 f"layer {layer.name}: {int(dead.sum())} of {layer.channels} output channels are constant, their "
                 "weights are all zero; remove them from the model"
@@ -209,7 +217,7 @@ def _zero_channels(weight: Tensor, layer: Layer) -> Tensor:
 def _verdict(run: Run, size: SizeFacts, ours: Row | None, gates: list[GateRow]) -> str:
     text = f"{run.name} in {size.code_bits:.2f} bits per weight, {size.ratio:.3f} of the float file"
     if ours is None:
-        return f"{text}; nothing measured on images."
+        return f"{text}; {run.unattacked or 'nothing measured on images'}."
     assert ours.clean_drop is not None
     text += f": clean accuracy {ours.clean.value:.1f} % ({-ours.clean_drop.value:+.1f} points against float)"
     if ours.robust is not None and ours.robust_drop is not None:

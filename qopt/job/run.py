@@ -22,7 +22,7 @@ from qopt.measure.network import Normalisation, TwinClassifier
 from qopt.measure.robustness import BATCH
 from qopt.plan import Plan
 from qopt.plugins import load
-from qopt.quantize import Quantizer
+from qopt.quantize import Quantizer, WeightOnly
 from qopt.seeds import derive
 from qopt.threat import ThreatModel
 
@@ -40,7 +40,7 @@ class Run:
     Attributes:
         name: the model's name, for the report.
         prepared: the float network.
-        quantizer: applies plans to it.
+        weights: applies plans to it; a `Quantizer` where the network has a twin.
         data: images shaped as the network takes them, or None.
         options: what was asked.
         target: what ``options.target`` stands for, with the limits of ``options`` joined to its own.
@@ -48,13 +48,15 @@ class Run:
         cache: expensive evaluations by content.
         progress: told the name of each step.
         plan: a plan to apply instead of searching, or None.
+        unattacked: why only weights are quantized and nothing is attacked, whatever is given; empty for networks with
+            a twin.
         left_out: steps that could not be done, and why; filled on the way.
         warnings: what the user must know; filled on the way.
     """
 
     name: str
     prepared: Prepared
-    quantizer: Quantizer
+    weights: WeightOnly
     data: Data | None
     options: Options
     target: Target
@@ -62,10 +64,17 @@ class Run:
     cache: Cache
     progress: Progress
     plan: Plan | None = None
+    unattacked: str = ""
     left_out: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     _adversarial: dict[str, Tensor] = field(default_factory=dict)
     _withstood: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """What applies plans with the twin, which every network has that images are given for."""
+        assert isinstance(self.weights, Quantizer)
+        return self.weights
 
     @property
     def normalisation(self) -> Normalisation:

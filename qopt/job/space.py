@@ -79,10 +79,10 @@ def _layer_space(
     roots: Mapping[str, Tensor],
     sensitivities: Sensitivities,
 ) -> LayerSpace:
-    norm, row_norm = layer_norms(run.quantizer, layer, run.cache)
+    norm, row_norm = layer_norms(run.weights, layer, run.cache)
     candidates = []
     for spec in formats:
-        norm_q, error, row_error = candidate_norms(run.quantizer, layer, spec, run.cache)
+        norm_q, error, row_error = candidate_norms(run.weights, layer, spec, run.cache)
         cost = price(run, layer, spec)
         relative = error.value / norm.value if norm.value > 0 else 0.0
         candidates.append(
@@ -93,7 +93,7 @@ def _layer_space(
                 norm=norm_q,
                 error=error,
                 row_error=row_error,
-                weighted=weighted_error(run.quantizer, layer, spec, roots),
+                weighted=weighted_error(run.weights, layer, spec, roots),
                 sensitivity=sensitivities.get((layer.name, spec), relative**2),
             )
         )

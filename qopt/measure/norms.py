@@ -11,11 +11,11 @@ from torch import Tensor
 from qopt.cache import Cache, digest_arrays
 from qopt.graph.model import Layer
 from qopt.lipschitz import NormBound, max_row_sum, ratio, reshaped_l2, weighted_l2
-from qopt.quantize import Quantizer
+from qopt.quantize import WeightOnly
 from qopt.spec import WeightSpec
 
 
-def layer_norms(quantizer: Quantizer, layer: Layer, cache: Cache) -> tuple[NormBound, NormBound]:
+def layer_norms(quantizer: WeightOnly, layer: Layer, cache: Cache) -> tuple[NormBound, NormBound]:
     """``||W||_2`` and ``||W||_inf`` of the reshaped float weight."""
     weight = quantizer.weight(layer)
     l2, rows = _bounds(cache, layer, weight, "float", lambda: _pair(layer, weight))
@@ -23,7 +23,7 @@ def layer_norms(quantizer: Quantizer, layer: Layer, cache: Cache) -> tuple[NormB
 
 
 def candidate_norms(
-    quantizer: Quantizer, layer: Layer, spec: WeightSpec, cache: Cache
+    quantizer: WeightOnly, layer: Layer, spec: WeightSpec, cache: Cache
 ) -> tuple[NormBound, NormBound, NormBound]:
     """``||W_q||_2``, ``||W - W_q||_2`` and ``||W - W_q||_inf`` of the reshaped weight in one format."""
     weight = quantizer.weight(layer)
@@ -42,7 +42,7 @@ def code_norms(layer: Layer, weight: Tensor, quantized: Tensor) -> tuple[NormBou
 
 
 def weighted_error(
-    quantizer: Quantizer, layer: Layer, spec: WeightSpec, roots: Mapping[str, Tensor]
+    quantizer: WeightOnly, layer: Layer, spec: WeightSpec, roots: Mapping[str, Tensor]
 ) -> NormBound | None:
     """``||dW C^(1/2)||_2 / ||W C^(1/2)||_2``, or None for a layer without an entry in ``roots``."""
     root = roots.get(layer.name)

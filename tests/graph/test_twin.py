@@ -7,12 +7,13 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
+from onnx import TensorProto, helper
 from torch import fx
 
 from qopt.graph.compare import TOLERANCE, Runner, difference, matches_onnxruntime, random_images
 from qopt.graph.operators.convolution import affine
 from qopt.graph.prepare import prepare
-from qopt.graph.twin import build_twin
+from qopt.graph.twin import build_twin, import_graph
 
 Build = Callable[..., ir.Model]
 
@@ -165,3 +166,47 @@ def test_a_wrong_twin_is_caught(buffer: str, small_cnn: Build) -> None:
     with torch.no_grad():
         twin.get_buffer(buffer).add_(0.05)
     assert matches_onnxruntime(prepared, twin) > TOLERANCE
+
+
+def _two_in_two_out() -> ir.Model:
+    """Embeddings of ids, weighed; also the ids' cumulative sum. The table is stored as uint4 codes."""
+    table = helper.make_tensor("codes", TensorProto.UINT4, [5, 2], list(range(10)))
+    scale = helper.make_tensor("scale", TensorProto.FLOAT, [], [0.5])
+    axis = helper.make_tensor("axis", TensorProto.INT64, [], [1])
+    nodes = [
+        helper.make_node("DequantizeLinear", ["codes", "scale"], ["table"], name="unpack"),
+        helper.make_node("Gather", ["table", "ids"], ["rows"], name="look_up"),
+        helper.make_node("Mul", ["rows", "weights"], ["weighed"], name="weigh"),
+        helper.make_node("CumSum", ["ids", "axis"], ["sums"], name="count"),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("ids", TensorProto.INT64, ["n", 3]),
+        helper.make_tensor_value_info("weights", TensorProto.FLOAT, ["n", 3, 1]),
+    ]
+    outputs = [
+        helper.make_tensor_value_info("weighed", TensorProto.FLOAT, ["n", 3, 2]),
+        helper.make_tensor_value_info("sums", TensorProto.INT64, ["n", 3]),
+    ]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, initializer=[table, scale, axis])
+    return ir.serde.deserialize_model(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    )
+
+
+def test_any_number_and_type_of_inputs_and_outputs() -> None:
+    twin = import_graph(_two_in_two_out())
+    ids, weights = torch.tensor([[0, 4, -1]]), torch.tensor([[[1.0], [2.0], [0.5]]], requires_grad=True)
+    weighed, sums = twin(ids, weights)
+    assert weighed.tolist() == [[[0.0, 0.5], [8.0, 9.0], [2.0, 2.25]]]
+    assert sums.tolist() == [[0, 4, 3]]
+    (slope,) = torch.autograd.grad(weighed.sum(), weights)
+    assert slope.flatten().tolist() == [0.5, 8.5, 8.5]
+    assert [node.name for node in twin.graph.nodes if node.op == "placeholder"] == ["ids", "weights"]
+
+
+def test_codes_of_constants_become_numbers_once() -> None:
+    twin = import_graph(_two_in_two_out())
+    assert _by_value(twin)["table"].op == "get_attr"
+    assert dict(twin.named_buffers()).keys() == {"table"}
+    assert twin.get_buffer("table").dtype == torch.float32
+    assert not {"codes", "scale", "axis"} & set(_by_value(twin))

@@ -45,7 +45,7 @@ def test_images_are_reproducible_and_in_range() -> None:
 def test_observed_shapes(small_cnn: Callable[..., ir.Model]) -> None:
     model = small_cnn()
     names = [str(value.name) for node in model.graph for value in node.outputs]
-    shapes = observed_shapes(model, [names[0], names[-1], names[0]])
+    shapes = observed_shapes(model, [names[0], names[-1], names[0]], {"x": random_images((3, 8, 8), 1)})
     assert shapes == {names[0]: (1, 4, 8, 8), names[-1]: (1, 10)}
     assert [value.name for value in model.graph.outputs] == [names[-1]]
 

@@ -30,7 +30,7 @@ def _window(draw: st.DrawFn, axes: int, *, dilated: bool) -> dict[str, Any]:
 
 @st.composite
 def windows(draw: st.DrawFn, *, dilated: bool = True) -> tuple[int, dict[str, Any]]:
-    axes = draw(st.sampled_from([1, 2]))
+    axes = draw(st.sampled_from([1, 2, 2, 3]))
     return axes, _window(draw, axes, dilated=dilated)
 
 
@@ -73,9 +73,31 @@ def test_max_pool(window: tuple[int, dict[str, Any]], ceil: int, graph: Any) -> 
 
 
 @settings(deadline=None, max_examples=80)
-@given(window=windows(dilated=False), ceil=st.sampled_from([0, 1]), counted=st.sampled_from([0, 1]))
+@given(window=windows(), ceil=st.sampled_from([0, 1]), counted=st.sampled_from([0, 1]))
 def test_average_pool(window: tuple[int, dict[str, Any]], ceil: int, counted: int, graph: Any) -> None:
     axes, attributes = window
     g = graph((2, *(9,) * axes))
     data = g.op("Add", "x", g.constant(1.0))
     _agrees(g, g.op("AveragePool", data, ceil_mode=ceil, count_include_pad=counted, **attributes))
+
+
+@settings(deadline=None, max_examples=60)
+@given(window=windows(), ceil=st.sampled_from([0, 1]), p=st.sampled_from([1, 2, 3]))
+def test_norm_pool(window: tuple[int, dict[str, Any]], ceil: int, p: int, graph: Any) -> None:
+    axes, attributes = window
+    g = graph((2, *(9,) * axes))
+    _agrees(g, g.op("LpPool", g.op("Sub", "x", g.constant(0.5)), ceil_mode=ceil, p=p, **attributes))
+
+
+@settings(deadline=None, max_examples=60)
+@given(window=windows(dilated=False), longer=st.integers(-1, 2), asked=st.booleans())
+def test_transposed_convolution_to_a_size(
+    window: tuple[int, dict[str, Any]], longer: int, asked: bool, graph: Any
+) -> None:
+    """By ``auto_pad``, or to the size of its own choice and a little more or less."""
+    axes, attributes = window
+    attributes.pop("pads", None)
+    if asked:
+        attributes["output_shape"] = [max(9 * stride + longer, 1) for stride in attributes["strides"]]
+    g = graph((2, *(9,) * axes))
+    _agrees(g, g.op("ConvTranspose", "x", g.random(2, 3, *attributes["kernel_shape"]), **attributes))

@@ -34,6 +34,23 @@ def leaky_relu(op: Op) -> Call:
     return Call(F.leaky_relu, (op.arg(0), op.number("alpha", 0.01)))
 
 
+@operator("ThresholdedRelu")
+def thresholded_relu(op: Op) -> Call:
+    """``x`` above ``alpha``, else 0."""
+    return Call(F.threshold, (op.arg(0), op.number("alpha", 1.0), 0.0))
+
+
+@operator("Shrink")
+def shrink(op: Op) -> Call:
+    """Nearer to zero by ``bias`` where further from it than ``lambd``, else 0."""
+    return Call(shrunk, (op.arg(0), op.number("lambd", 0.5), op.number("bias", 0.0)))
+
+
+def shrunk(x: Tensor, limit: float, bias: float) -> Tensor:
+    """``x + bias`` below ``-limit``, ``x - bias`` above ``limit``, 0 between."""
+    return torch.where(x < -limit, x + bias, torch.where(x > limit, x - bias, torch.zeros_like(x)))
+
+
 @operator("PRelu")
 def prelu(op: Op) -> Call:
     """``x`` or ``slope x``, the slope broadcast to x."""
@@ -49,6 +66,12 @@ def sloped(x: Tensor, slope: Tensor) -> Tensor:
 def elu(op: Op) -> Call:
     """``x`` or ``alpha (exp(x) - 1)``."""
     return Call(F.elu, (op.arg(0), op.number("alpha", 1.0)))
+
+
+@operator("Celu")
+def celu(op: Op) -> Call:
+    """``x`` or ``alpha (exp(x / alpha) - 1)``."""
+    return Call(F.celu, (op.arg(0), op.number("alpha", 1.0)))
 
 
 @operator("Selu")
@@ -78,6 +101,28 @@ def clipped_line(x: Tensor, alpha: float, beta: float) -> Tensor:
 def gelu(op: Op) -> Call:
     """Exact, or by tanh."""
     return Call(F.gelu, (op.arg(0),), {"approximate": op.text("approximate", "none")})
+
+
+@operator("Swish")
+def swish(op: Op) -> Call:
+    """``x sigmoid(alpha x)``."""
+    return Call(swished, (op.arg(0), op.number("alpha", 1.0)))
+
+
+def swished(x: Tensor, alpha: float) -> Tensor:
+    """``x * sigmoid(alpha * x)``."""
+    return x * torch.sigmoid(alpha * x)
+
+
+@operator("SwiGLU")
+def swiglu(op: Op) -> Call:
+    """The second input gated by the first, ``a sigmoid(alpha a) b``."""
+    return Call(gated, (op.arg(0), op.arg(1), op.number("alpha", 1.0)))
+
+
+def gated(gate: Tensor, x: Tensor, alpha: float) -> Tensor:
+    """``swished(gate) * x``."""
+    return swished(gate, alpha) * x
 
 
 @operator("Clip")
@@ -116,3 +161,14 @@ def softmax(op: Op) -> Call:
 def log_softmax(op: Op) -> Call:
     """Over one axis, the last by default."""
     return Call(torch.log_softmax, (op.arg(0), op.integer("axis", -1)))
+
+
+@operator("Hardmax")
+def hardmax(op: Op) -> Call:
+    """1 at the first largest element of an axis, 0 elsewhere; no gradient passes."""
+    return Call(first_largest, (op.arg(0), op.integer("axis", -1)))
+
+
+def first_largest(x: Tensor, axis: int) -> Tensor:
+    """1 at the first largest element along ``axis``, 0 elsewhere."""
+    return torch.zeros_like(x).scatter(axis, x.argmax(axis, keepdim=True), 1.0)

@@ -14,17 +14,21 @@ from torch import Tensor
 
 from qopt.graph.operators.registry import Call, Op, operator
 
-_CONV: Final[dict[int, Any]] = {1: torch.conv1d, 2: torch.conv2d}
-_TRANSPOSED: Final[dict[int, Any]] = {1: torch.conv_transpose1d, 2: torch.conv_transpose2d}
+CONV: Final[dict[int, Any]] = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
+_TRANSPOSED: Final[dict[int, Any]] = {
+    1: torch.conv_transpose1d,
+    2: torch.conv_transpose2d,
+    3: torch.conv_transpose3d,
+}
 
 Ints = tuple[int, ...]
 
 
 def window_axes(op: Op) -> int:
-    """The number of axes that the window slides over, 1 or 2."""
+    """The number of axes that the window slides over, 1 to 3."""
     dims = op.dims(0)
-    if dims is None or len(dims) not in (3, 4):
-        raise op.refuse("over anything but one or two axes")
+    if dims is None or len(dims) not in (3, 4, 5):
+        raise op.refuse("over anything but one to three axes")
     return len(dims) - 2
 
 
@@ -41,13 +45,19 @@ def window_pads(op: Op, kernel: Ints, strides: Ints, dilations: Ints) -> tuple[I
         if size is None:
             raise op.refuse(f"with auto_pad={mode} on an image of unknown size")
         needed = (-(-size // stride) - 1) * stride + (width - 1) * dilation + 1 - size
-        if needed < 0 and op.node.op_type != "Conv":  # ONNX Runtime shifts the windows of pools, of Conv it does not
+        shifts = op.node.op_type not in ("Conv", "ConvInteger", "QLinearConv")
+        if needed < 0 and shifts:  # ONNX Runtime shifts the windows of pools, of Conv it does not
             raise op.refuse(f"with auto_pad={mode} and strides wider than the window")
-        needed = max(needed, 0)
-        smaller, larger = needed // 2, needed - needed // 2
-        before.append(smaller if mode == "SAME_UPPER" else larger)
-        after.append(larger if mode == "SAME_UPPER" else smaller)
+        low, high = halves(max(needed, 0), upper=mode == "SAME_UPPER")
+        before.append(low)
+        after.append(high)
     return tuple(before), tuple(after)
+
+
+def halves(total: int, *, upper: bool) -> tuple[int, int]:
+    """``total`` in two halves, the second the larger one where ``upper``, else the first."""
+    smaller, larger = total // 2, total - total // 2
+    return (smaller, larger) if upper else (larger, smaller)
 
 
 def torch_pads(before: Ints, after: Ints) -> list[int]:
@@ -58,18 +68,23 @@ def torch_pads(before: Ints, after: Ints) -> list[int]:
 @operator("Conv")
 def conv(op: Op) -> Call:
     """Symmetric padding goes into torch's convolution, any other is a pad before it."""
-    axes = window_axes(op)
-    strides, dilations = op.integers("strides") or (1,) * axes, op.integers("dilations") or (1,) * axes
-    kernel = op.integers("kernel_shape") or _kernel(op)
-    before, after = window_pads(op, kernel, strides, dilations)
+    strides, before, after, dilations, groups = convolution_window(op)
     inputs = (op.arg(0), op.arg(1), op.optional(2), strides)
     if before == after:
-        return Call(_CONV[axes], (*inputs, before, dilations, op.integer("group", 1)))
-    return Call(conv_padded, (*inputs, before, after, dilations, op.integer("group", 1)))
+        return Call(CONV[len(strides)], (*inputs, before, dilations, groups))
+    return Call(conv_padded, (*inputs, before, after, dilations, groups))
 
 
-def _kernel(op: Op) -> Ints:
-    dims = op.dims(1)
+def convolution_window(op: Op, weight: int = 1) -> tuple[Ints, Ints, Ints, Ints, int]:
+    """Strides, padding before and after, dilations and groups; ``weight`` is the input that holds the weight."""
+    axes = window_axes(op)
+    strides, dilations = op.integers("strides") or (1,) * axes, op.integers("dilations") or (1,) * axes
+    kernel = op.integers("kernel_shape") or _kernel(op, weight)
+    return strides, *window_pads(op, kernel, strides, dilations), dilations, op.integer("group", 1)
+
+
+def _kernel(op: Op, weight: int) -> Ints:
+    dims = op.dims(weight)
     kernel = tuple(size for size in (dims or ())[2:] if size is not None)
     if len(kernel) != window_axes(op):
         raise op.refuse("with a weight of unknown shape")
@@ -81,24 +96,44 @@ def conv_padded(
 ) -> Tensor:
     """A convolution whose zero padding differs between the two ends of an axis."""
     padded = F.pad(x, torch_pads(before, after))
-    result: Tensor = _CONV[len(stride)](padded, weight, bias, stride, (0,) * len(stride), dilation, groups)
+    result: Tensor = CONV[len(stride)](padded, weight, bias, stride, (0,) * len(stride), dilation, groups)
     return result
 
 
 @operator("ConvTranspose")
 def conv_transpose(op: Op) -> Call:
-    """Padding crops the output; ``output_shape`` and ``auto_pad`` are refused, no exporter in use writes them."""
+    """Padding crops the output, and is found from ``output_shape`` or ``auto_pad`` where these are given."""
     axes = window_axes(op)
-    if op.integers("output_shape") is not None or op.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
-        raise op.refuse("with output_shape or auto_pad")
     ones, zeros = (1,) * axes, (0,) * axes
     strides, dilations = op.integers("strides") or ones, op.integers("dilations") or ones
     extra, group = op.integers("output_padding") or zeros, op.integer("group", 1)
-    before, after = window_pads(op, ones, strides, dilations)
+    before, after = _crops(op, strides, dilations, extra)
     inputs = (op.arg(0), op.arg(1), op.optional(2), strides)
-    if before == after:
+    if before == after and min(before) >= 0:
         return Call(_TRANSPOSED[axes], (*inputs, before, extra, group, dilations))
     return Call(conv_transpose_cropped, (*inputs, before, after, extra, group, dilations))
+
+
+def _crops(op: Op, strides: Ints, dilations: Ints, extra: Ints) -> tuple[Ints, Ints]:
+    """What is cut from either end of each axis; less than zero where the output is longer than what is computed."""
+    mode, wanted, axes = op.text("auto_pad", "NOTSET"), op.integers("output_shape"), len(strides)
+    if wanted is None and mode in ("NOTSET", "VALID"):
+        return window_pads(op, (1,) * axes, strides, dilations)
+    kernel = op.integers("kernel_shape") or _kernel(op, 1)
+    sizes = (op.dims(0) or ())[2:]
+    before, after = [], []
+    for axis, size in enumerate(sizes):
+        if size is None:
+            raise op.refuse("with output_shape or auto_pad on an image of unknown size")
+        target = size * strides[axis] if wanted is None else wanted[len(wanted) - axes + axis]
+        span = (kernel[axis] - 1) * dilations[axis] + 1
+        total = strides[axis] * (size - 1) + extra[axis] + span - target
+        if wanted is None:  # ONNX Runtime leaves the output shorter than asked, the specification does not
+            total = max(total, 0)
+        low, high = halves(total, upper=mode == "SAME_UPPER") if total > 0 else (0, total)
+        before.append(low)
+        after.append(high)
+    return tuple(before), tuple(after)
 
 
 def conv_transpose_cropped(

@@ -31,7 +31,7 @@ class Op:
     """An ONNX node as its handler sees it.
 
     Attributes:
-        node: the node, at opset 21 or newer.
+        node: the node, at opset 21 or newer; its inputs and outputs have the types and shapes that were inferred.
         opset: the opset of the graph.
         lookup: the FX node that holds an ONNX value.
     """
@@ -71,14 +71,12 @@ class Op:
         array = self.const(index)
         return self.arg(index) if array is None else tuple(int(entry) for entry in np.atleast_1d(array))
 
-    def known_sizes(self, index: int) -> tuple[int, ...] | None:
-        """Input ``index`` as numbers, None where it was left out; refused where it is computed."""
+    def number_at(self, index: int) -> float | int | fx.Node | None:
+        """Input ``index``, a scalar: a number where it is constant, else the node; None where it was left out."""
         if not self.given(index):
             return None
-        sizes = self.sizes(index)
-        if isinstance(sizes, fx.Node):
-            raise self.refuse(f"with a computed input {index}")
-        return sizes
+        array = self.const(index)
+        return self.arg(index) if array is None else array.reshape(-1)[0].item()
 
     def dims(self, index: int) -> tuple[int | None, ...] | None:
         """The shape of input ``index``, None for a size that is not known; None where not even the rank is."""
@@ -87,10 +85,20 @@ class Op:
             return None
         return tuple(dim if isinstance(dim, int) else None for dim in value.shape)
 
+    def type(self, index: int) -> ir.DataType | None:
+        """The ONNX type of input ``index`` where it is known."""
+        value = self._value(index)
+        return None if value is None else value.dtype
+
     def is_float(self, index: int) -> bool:
         """Whether input ``index`` is known to be of a floating-point type."""
-        value = self._value(index)
-        return value is not None and value.dtype is not None and value.dtype.is_floating_point()
+        dtype = self.type(index)
+        return dtype is not None and dtype.is_floating_point()
+
+    def is_integer(self, index: int) -> bool:
+        """Whether input ``index`` is known to be of an integer type, whatever type the twin carries it in."""
+        dtype = self.type(index)
+        return dtype is not None and dtype.is_integer()
 
     def integer(self, name: str, default: int) -> int:
         """An integer attribute."""
@@ -106,6 +114,10 @@ class Op:
         """A string attribute."""
         attribute = self.node.attributes.get(name)
         return default if attribute is None else attribute.as_string()
+
+    def has(self, name: str) -> bool:
+        """Whether an attribute is written down."""
+        return name in self.node.attributes
 
     def integers(self, name: str) -> tuple[int, ...] | None:
         """An attribute of integers."""
@@ -138,6 +150,25 @@ Handler = Callable[[Op], Call]
 
 TABLE: Final[dict[str, Handler]] = {}
 """Every operator that the twin has, by its ONNX name."""
+
+
+REFUSED: Final = {
+    **dict.fromkeys(("If", "Loop", "Scan", "SequenceMap"), "control flow"),
+    **dict.fromkeys(("RNN", "GRU", "LSTM"), "a recurrent cell"),
+    **dict.fromkeys(
+        ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"),
+        "random numbers",
+    ),
+    **dict.fromkeys(
+        ("ConcatFromSequence", "SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert",
+         "SequenceLength", "SplitToSequence", "Optional", "OptionalGetElement", "OptionalHasElement"),
+        "a value that is no tensor",
+    ),
+    **dict.fromkeys(
+        ("RegexFullMatch", "StringConcat", "StringNormalizer", "StringSplit", "TfIdfVectorizer"), "text"
+    ),
+}  # fmt: skip
+"""Operators that the twin will not have, and what they are; those in neither table nobody has needed so far."""
 
 
 def operator(*names: str) -> Callable[[Handler], Handler]:

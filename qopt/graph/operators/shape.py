@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
@@ -18,12 +19,26 @@ def numbers(sizes: Sizes) -> list[int]:
     return [int(size) for size in (sizes.reshape(-1).tolist() if isinstance(sizes, Tensor) else sizes)]
 
 
-@operator("Identity", "Dropout")
+@operator("Identity")
 def identity(op: Op) -> Call:
-    """Nothing; a dropout mask is all ones and never built."""
-    if op.uses_output(1):
-        raise op.refuse("with its mask output")
+    """Nothing."""
     return Call(torch.clone, (op.arg(0),))
+
+
+@operator("Dropout")
+def dropout(op: Op) -> Call:
+    """Nothing; the mask is all ones."""
+    training = op.const(2) if op.given(2) else np.array(False)
+    if training is None or training.any():
+        raise op.refuse("in training mode")
+    if op.uses_output(1):
+        return Call(kept, (op.arg(0),), parts=True)
+    return Call(torch.clone, (op.arg(0),))
+
+
+def kept(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x`` and a mask that keeps all of it."""
+    return x.clone(), torch.ones_like(x, dtype=torch.bool)
 
 
 @operator("Reshape")
@@ -77,23 +92,31 @@ def reverse_axes(x: Tensor) -> Tensor:
 @operator("Squeeze")
 def squeeze(op: Op) -> Call:
     """The given axes, or every axis of size 1."""
-    axes = op.known_sizes(1)
+    axes = op.sizes(1) if op.given(1) else None
+    if isinstance(axes, fx.Node):
+        return Call(squeeze_all, (op.arg(0), axes))
     return Call(torch.squeeze, (op.arg(0),) if axes is None else (op.arg(0), axes))
+
+
+def squeeze_all(x: Tensor, axes: Sizes) -> Tensor:
+    """``x`` without the axes of size 1 that are computed."""
+    return x.squeeze(tuple(numbers(axes)))
 
 
 @operator("Unsqueeze")
 def unsqueeze(op: Op) -> Call:
     """Axes count in the result."""
-    axes = op.known_sizes(1)
-    if axes is None:
-        raise op.refuse("without axes")
-    return Call(torch.unsqueeze, (op.arg(0), axes[0])) if len(axes) == 1 else Call(unsqueeze_all, (op.arg(0), axes))
+    axes = op.sizes(1)
+    if isinstance(axes, fx.Node) or len(axes) != 1:
+        return Call(unsqueeze_all, (op.arg(0), axes))
+    return Call(torch.unsqueeze, (op.arg(0), axes[0]))
 
 
-def unsqueeze_all(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+def unsqueeze_all(x: Tensor, axes: Sizes) -> Tensor:
     """New axes of size 1 at places counted in the result."""
-    rank = x.ndim + len(axes)
-    for axis in sorted(axis % rank for axis in axes):
+    places = numbers(axes)
+    rank = x.ndim + len(places)
+    for axis in sorted(axis % rank for axis in places):
         x = x.unsqueeze(axis)
     return x
 
@@ -178,11 +201,18 @@ def concat(op: Op) -> Call:
 @operator("Split")
 def split(op: Op) -> Call:
     """Into given sizes, or into equal parts of which the last may be smaller."""
-    axis, sizes = op.integer("axis", 0), op.known_sizes(1)
+    axis, sizes = op.integer("axis", 0), op.sizes(1) if op.given(1) else None
+    if isinstance(sizes, fx.Node):
+        return Call(split_by, (op.arg(0), sizes, axis), parts=True)
     if sizes is not None:
         return Call(torch.split, (op.arg(0), list(sizes), axis), parts=True)
     count = op.integer("num_outputs", len(op.node.outputs))
     return Call(split_evenly, (op.arg(0), count, axis), parts=True)
+
+
+def split_by(x: Tensor, sizes: Sizes, axis: int) -> tuple[Tensor, ...]:
+    """Pieces of sizes that are computed."""
+    return torch.split(x, numbers(sizes), axis)
 
 
 def split_evenly(x: Tensor, parts: int, axis: int) -> tuple[Tensor, ...]:
@@ -193,19 +223,17 @@ def split_evenly(x: Tensor, parts: int, axis: int) -> tuple[Tensor, ...]:
 @operator("Slice")
 def slice_(op: Op) -> Call:
     """Starts, ends, axes and steps may be constant or computed."""
-    axes = op.known_sizes(3)
-    steps = op.known_sizes(4)
+    axes, steps = (op.sizes(index) if op.given(index) else None for index in (3, 4))
     return Call(sliced, (op.arg(0), op.sizes(1), op.sizes(2), axes, steps))
 
 
-def sliced(
-    x: Tensor, starts: Sizes, ends: Sizes, axes: tuple[int, ...] | None, steps: tuple[int, ...] | None
-) -> Tensor:
+def sliced(x: Tensor, starts: Sizes, ends: Sizes, axes: Sizes | None, steps: Sizes | None) -> Tensor:
     """Python's slicing along each axis, negative steps included."""
     first, last = numbers(starts), numbers(ends)
-    for place, (start, end) in enumerate(zip(first, last, strict=True)):
-        axis = place if axes is None else axes[place] % x.ndim
-        step = 1 if steps is None else steps[place]
+    places = range(len(first)) if axes is None else numbers(axes)
+    strides = [1] * len(first) if steps is None else numbers(steps)
+    for start, end, place, step in zip(first, last, places, strides, strict=True):
+        axis = place % x.ndim
         chosen = range(*slice(start, end, step).indices(x.shape[axis]))
         if step > 0:
             x = x[(slice(None),) * axis + (slice(chosen.start, chosen.stop, step),)]
@@ -233,17 +261,25 @@ def gathered(x: Tensor, index: Tensor, axis: int) -> Tensor:
 
 @operator("Pad")
 def pad(op: Op) -> Call:
-    """By a constant, by the edge or mirrored."""
-    mode = op.text("mode", "constant")
-    pads, axes, value = op.known_sizes(1), op.known_sizes(3), op.const(2)
-    if pads is None or (op.given(2) and value is None):
-        raise op.refuse("with a computed padding")
-    if mode not in ("constant", "edge", "reflect"):
+    """By a constant, by the edge, mirrored or going round."""
+    mode, value = op.text("mode", "constant"), op.number_at(2)
+    if mode not in ("constant", "edge", "reflect", "wrap"):
         raise op.refuse(f"with mode={mode}")
+    pads, axes = op.sizes(1), op.sizes(3) if op.given(3) else None
+    number = 0 if value is None else value
+    if isinstance(pads, fx.Node) or isinstance(axes, fx.Node) or isinstance(number, fx.Node):
+        return Call(padded_by, (op.arg(0), pads, axes, mode, number))
     count = len(pads) // 2
     places = tuple(range(count)) if axes is None else axes
-    number = value.item() if value is not None else 0
     return Call(padded, (op.arg(0), pads[:count], pads[count:], places, mode, number))
+
+
+def padded_by(x: Tensor, pads: Sizes, axes: Sizes | None, mode: str, number: Tensor | float) -> Tensor:
+    """`padded` by what is computed."""
+    amounts = tuple(numbers(pads))
+    count = len(amounts) // 2
+    places = tuple(range(count)) if axes is None else tuple(numbers(axes))
+    return padded(x, amounts[:count], amounts[count:], places, mode, float(number))
 
 
 def padded(
@@ -264,6 +300,8 @@ def padded(
 def _border(size: int, low: int, high: int, mode: str) -> Tensor:
     """Where each element of a padded axis comes from."""
     index = torch.arange(-low, size + high)
+    if mode == "wrap":
+        return index % size
     if mode == "edge" or size == 1:
         return index.clamp(0, size - 1)
     period = 2 * (size - 1)
