@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ def optimize(
     factory: str | None = None,
     trust: bool = False,
     input_shape: tuple[int, ...] | None = None,
+    example: tuple[Any, ...] | None = None,
+    axes: Mapping[str, int] | None = None,
+    emit: tuple[str, ...] = (),
     limits: tuple[str, ...] = (),
     gates: tuple[str, ...] | None = None,
     eps: float | str | None = None,
@@ -54,6 +57,10 @@ def optimize(
         factory: ``package.module:name`` of the network that a state dict belongs to.
         trust: load formats that can run code.
         input_shape: shape of one image, such as (3, 32, 32); taken from ``data`` where the file does not tell.
+        example: of a module that takes no images: the positional arguments of its forward(), such as token ids.
+        axes: sizes to try a network with that is no classifier of images: name of a dynamic axis, or ``INPUT.AXIS``, to
+            its size.
+        emit: ``("c",)`` to write the network as C99 for microcontrollers too; needs data.
         limits: such as ``("bits<=3.5", "flash<=512KB")``.
         gates: such as ``("clean_drop<=1",)`` in points against float; None for the defaults.
         eps: radius of the threat model, pixels in [0, 1], as a number or like ``"8/255"``.
@@ -75,9 +82,9 @@ def optimize(
     loaded = load_data(str(data)) if isinstance(data, str | Path) else data
     shape = input_shape or (None if loaded is None else tuple(loaded.report.images.shape[1:]))
     if isinstance(model, nn.Module):
-        if shape is None:
-            raise UsageError("a module is exported with an example", fix="give input_shape or data")
-        graph, name, source = module_to_onnx(model, shape), type(model).__name__, {}
+        if shape is None and example is None:
+            raise UsageError("a module is exported with an example", fix="give input_shape, example or data")
+        graph, name, source = module_to_onnx(model, shape, example=example), type(model).__name__, {}
     else:
         path = Path(model)
         graph = load_model(path, factory=factory, trust=trust, input_shape=input_shape or _needed(path, shape))
@@ -85,9 +92,11 @@ def optimize(
     extra = (*(("--model", factory) if factory else ()), *(("--trust",) if trust else ()))
     extra += ("--plan", str(plan)) if isinstance(plan, str | Path) else ()
     extra += ("--input-shape", ",".join(map(str, input_shape))) if input_shape else ()
+    extra += tuple(word for axis, size in (axes or {}).items() for word in ("--axis", f"{axis}={size}"))
+    extra += tuple(word for form in emit for word in ("--emit", form))
     where = str(data) if isinstance(data, str | Path) else None
     command = reproduce(name if isinstance(model, nn.Module) else str(model), where, resolved, extra)
-    task = Task(graph, name, loaded, resolved, chosen, source, command)
+    task = Task(graph, name, loaded, resolved, chosen, source, command, axes or {}, emit)
     bundle = optimize_model(task, Cache(Path(cache) if cache is not None else None), progress or (lambda step: None))
     if out is not None:
         bundle.write(out)

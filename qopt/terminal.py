@@ -67,6 +67,12 @@ def _facts(bundle: Bundle, folder: Path) -> list[str]:
     for batch, seconds in bundle.manifest["latency_seconds"].items():
         ratio = seconds["qopt"] / seconds["float"]
         lines.append(f"latency  {1e3 * seconds['qopt']:.3f} ms, {ratio:.2f} of float (batch {batch}, one thread)")
+    if "c" in bundle.manifest:
+        c = bundle.manifest["c"]
+        lines.append(
+            f"c        {c['name']}.c: {c['arena_bytes']:,} bytes of memory, {c['flash_bytes']:,} of constants, "
+            f"{c['macs']:,} multiply-accumulates; same class on {c['same_class']} of {c['images']} images"
+        )
     lines += [f"gate     {g.gate}: {g.found}{'' if g.holds else '  FAILS'}" for g in report.gates]
     lines += [f"left out {item}" for item in report.left_out]
     lines += [f"warning  {item}" for item in report.warnings]

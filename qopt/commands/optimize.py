@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qopt.commands.running import cache_folder, check_folder, check_options, finish, numbers, run_job
+from qopt.commands.running import cache_folder, check_folder, check_options, finish, numbers, run_job, sizes
 
 MODEL = "A torch.export archive, a state dict or safetensors file with --model, or an ONNX file."
 DATA = "Images: a .npz file, a folder of class folders, or package.module:factory."
@@ -55,6 +55,10 @@ def optimize(
     std: Annotated[str, typer.Option(help="Per-channel standard deviation.")] = "",
     factory: Annotated[str | None, typer.Option("--model", help="package.module:factory of a state dict.")] = None,
     input_shape: Annotated[str, typer.Option(help="Shape of one image, such as 3,32,32. [from --data]")] = "",
+    axis: Annotated[
+        list[str] | None, typer.Option(help="NAME=SIZE of a dynamic axis to try a network with that takes no images.")
+    ] = None,
+    emit: Annotated[list[str] | None, typer.Option(help="Write c (C99 for microcontrollers) beside onnx.")] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Load formats that can run code.")] = False,
     calibration: Annotated[
         str, typer.Option(help="Calibrate on clean, adversarial or mixed images. [mixed if robust]")
@@ -87,6 +91,6 @@ def optimize(
     shape = tuple(int(size) for size in numbers(input_shape, "--input-shape")) or None
     bundle = run_job(
         model, quiet, threads, data=data, factory=factory, trust=trust, input_shape=shape, plan=plan,
-        cache=cache_folder() if cache else None, **options,
+        axes=sizes(axis or []), emit=tuple(emit or ()), cache=cache_folder() if cache else None, **options,
     )  # fmt: skip
     finish(bundle, folder, as_json)

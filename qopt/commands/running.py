@@ -51,6 +51,17 @@ def numbers(text: str, where: str) -> tuple[float, ...]:
         raise UsageError("not a list of numbers", where=where, expected="like 0.5,0.5,0.5", got=repr(text)) from error
 
 
+def sizes(words: list[str]) -> dict[str, int]:
+    """The entries of ``NAME=SIZE`` words; UsageError for any other."""
+    found = {}
+    for word in words:
+        name, _, size = word.rpartition("=")
+        if not name or not size.isdigit() or not int(size):
+            raise UsageError("not the size of an axis", where="--axis", expected="NAME=SIZE, such as T=16", got=word)
+        found[name] = int(size)
+    return found
+
+
 def check_options(options: dict[str, Any]) -> None:
     """Refuse wrong words at once, before the seconds that importing torch takes."""
     from qopt.config import resolve_options

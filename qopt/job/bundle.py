@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, final
@@ -32,6 +32,7 @@ class Bundle:
         report: everything that was measured.
         manifest: hashes, versions, seed, options, timings and latencies.
         journal: one JSON line for each plan that was evaluated.
+        sources: file name to text of the network as C, where it was asked for.
     """
 
     model: bytes
@@ -39,6 +40,7 @@ class Bundle:
     report: Report
     manifest: Mapping[str, Any]
     journal: str
+    sources: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def exit_code(self) -> int:
@@ -57,6 +59,7 @@ class Bundle:
             "report.json": self.report.to_json(),
             "report.md": to_markdown(self.report),
             "journal.jsonl": self.journal,
+            **self.sources,
         }
         files = {"model.onnx": self.model, **{name: text.encode() for name, text in texts.items()}}
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}

@@ -30,6 +30,7 @@ from qopt.job.gates import judge, threshold_gates
 from qopt.job.report import build_report, layer_metadata
 from qopt.job.rows import Table
 from qopt.job.run import Progress, Run
+from qopt.job.sources import c_sources, check_forms
 from qopt.measure.network import Normalisation
 from qopt.plan import Plan
 from qopt.quantize import ROUNDINGS, Applied, Quantizer, WeightOnly, whole_batches
@@ -53,6 +54,7 @@ class Task:
         source: facts about the user's file for the manifest: ``file``, ``sha256``, ``bytes``; empty for a module.
         command: how to run it again.
         axes: sizes of dynamic axes, as `prepare` takes them.
+        emit: what to write beside the ONNX file, of `sources.FORMS`.
     """
 
     model: ir.Model
@@ -63,6 +65,7 @@ class Task:
     source: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
     axes: Mapping[str, int] = field(default_factory=dict)
+    emit: tuple[str, ...] = ()
 
 
 def optimize_model(task: Task, cache: Cache, progress: Progress) -> Bundle:
@@ -71,6 +74,7 @@ def optimize_model(task: Task, cache: Cache, progress: Progress) -> Bundle:
     Raises:
         QoptError: as its steps do; nothing is written here.
     """
+    check_forms(task.emit, task.data is not None)
     clock = Clock(progress)
     run = start(task, cache, clock)
     choice = choose(run)
@@ -79,6 +83,7 @@ def optimize_model(task: Task, cache: Cache, progress: Progress) -> Bundle:
         on = replace(task, options=replace(task.options, equalisation="on"))
         run, choice = contest_equalisation(run, choice, lambda: start(on, cache, clock))
     clock("emit and check the file")
+    sources, c_facts = c_sources(run, choice.applied) if "c" in task.emit else ({}, {})
     artefact, reference, table = _emit(run, choice)
     row = next((r for r in table.rows if r.name == OURS), None) if table else None
     gates = threshold_gates(run, choice.facts)
@@ -92,9 +97,10 @@ def optimize_model(task: Task, cache: Cache, progress: Progress) -> Bundle:
         **environment(), "source": dict(task.source), "seed": task.options.seed, "options": task.options.as_dict(),
         "seconds": clock.seconds, "passes": choice.applied.seconds, "latency_seconds": latency,
         "cache_hits": sorted(set(cache.hits)), "threads": torch.get_num_threads(),
+        **({"c": c_facts} if c_facts else {}),
     }  # fmt: skip
     journal = "".join(json.dumps(plan.model_dump()) + "\n" for plan in choice.facts.evaluated)
-    return Bundle(artefact.data, choice.applied.plan, report, manifest, journal)
+    return Bundle(artefact.data, choice.applied.plan, report, manifest, journal, sources)
 
 
 OURS = "qopt"

@@ -67,11 +67,8 @@ def select(run: Run, entries: Sequence[Entry]) -> tuple[Applied, list[EvaluatedP
     KL divergence from float on clean images. In a robust run, what happens to the images that float withstands an
     attack on is added, as the share that they are: on the examples made on the float network, whose gradients no
     quantizer can mask, or on those that a short PGD makes on the plan's own twin, whichever moves it further from what
-    float says of the clean image. Without data the first plan is applied as it is.
+    float says of the clean image.
     """
-    if run.data is None:
-        run.left_out.append("activation quantization, bias correction and measured selection: they need --data")
-        return run.quantizer.apply(entries[0].plan), []
     run.progress("measured selection")
     contest = _Contest(run, _Judge.of(run))
     first, *others = entries

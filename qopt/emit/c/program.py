@@ -19,6 +19,8 @@ from qopt.graph.model import Prepared
 from qopt.graph.quantized import Quantized
 from qopt.seeds import derive
 
+_OPERATIONS = {"+": np.add, "-": np.subtract, "*": np.multiply, "/": np.divide}
+
 TESTS = 3
 """Images in the self-test."""
 
@@ -47,6 +49,15 @@ class CProgram:
     macs: int
     network: Network = field(repr=False)
     memory: Memory = field(repr=False)
+
+    def quantize(self, images: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """The input codes uint8 of float images (n, ...), as NAME_quantize gives them."""
+        code, numbers = self.network.input.code, images.astype(np.float32)
+        for step in self.network.normalisation:
+            by_channel = np.array(step.numbers, np.float32).reshape(-1, *[1] * (images.ndim - 2))
+            numbers = _OPERATIONS[step.sign](numbers, by_channel)
+        codes = np.rint(numbers / np.float32(code.scale)) + code.zero_point
+        return np.asarray(np.clip(codes, 0, code.high), np.uint8)
 
     def run(self, codes: NDArray[np.uint8]) -> NDArray[np.int64]:
         """The output codes int64 (outputs,) that the program gives for one image in codes, uint8 of any shape."""
