@@ -51,7 +51,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with right and wrong models and data."""
     folder = tmp_path_factory.mktemp("cli")
     onnx.save(network(), folder / "model.onnx")
-    onnx.save(network("Celu"), folder / "unsupported.onnx")
+    onnx.save(network("Sigmoidal"), folder / "unsupported.onnx")
     onnx.save(network(weight=float("nan")), folder / "nan.onnx")
     (folder / "corrupt.onnx").write_bytes(network().SerializeToString()[:100])
     (folder / "text.pt").write_text("hello\n")
@@ -113,7 +113,7 @@ def test_a_failed_gate_ends_with_1_and_is_emitted(place: Path) -> None:
         (["."], 2, "the model is a folder"),
         (["corrupt.onnx"], 3, "corrupt.onnx: the ONNX file is damaged"),
         (["text.pt"], 3, "not a model file that qopt knows"),
-        (["unsupported.onnx"], 3, "'act'"),
+        (["unsupported.onnx"], 3, "Sigmoidal"),
         (["nan.onnx"], 3, "conv.weight"),
         (["model.onnx", "--target", "int5"], 2, "unknown target (got 'int5')"),
         (["model.onnx", "--data", "wide.npz"], 2, "expected (1, 4, 4), got (3, 8, 8)"),

@@ -25,6 +25,8 @@ from qopt.graph.model import NOTES, Feeds, Prepared
 from qopt.graph.names import name_everything
 from qopt.graph.opset import convert_opset
 from qopt.graph.shapes import infer_shapes, set_batch
+from qopt.graph.split_sequences import split_sequences
+from qopt.graph.stored import release, turn_stored_matrices
 from qopt.graph.tied_tables import tie_tables
 
 BatchAxis = Literal["freed", "bound", "as declared"]
@@ -54,6 +56,7 @@ def prepare(model: ir.Model, axes: Mapping[str, int] = NO_AXES) -> Prepared:
         VerificationError: where the cleaned graph computes something else; a bug of qopt or of a library.
     """
     source = _adopt(model)
+    release(source)
     expected = _expected(source, axes)
     dropped = _keep_logits(source) if expected.image else ()
     converted, note = convert_opset(source)
@@ -111,6 +114,7 @@ def _adopt(model: ir.Model) -> ir.Model:
     """A checked copy, everything named, nothing else changed."""
     source = structure.sorted_copy(model)
     passes.InlinePass()(source)
+    split_sequences(source)
     passes.RemoveInitializersFromInputsPass()(source)
     structure.check_nodes(source)
     structure.free_negative_sizes(source)
@@ -210,6 +214,7 @@ def _cleaned(source: ir.Model, expected: _Expected, axis: BatchAxis, *, fold_nor
         free_batch(model)
     elif axis == "bound" and declared is None:
         set_batch(model, expected.taken)
+    turn_stored_matrices(model)
     fold_constants(model)
     if axis == "freed" and declared is not None:
         repair_reshapes(model, declared)
@@ -260,10 +265,12 @@ def _finish(candidate: _Candidate, expected: _Expected, notes: tuple[str, ...]) 
         example = {name: images[: candidate.batch or 1] for name, images in example.items()}
     _declare_outputs(model, expected)
     layers = find_layers(model, example, tables=not expected.image)
+    content = digest(model, layers)
+    release(model)
     return Prepared(
         model=model, inputs=graph_inputs(model), other=expected.other, input=str(model.graph.inputs[0].name),
         output=str(model.graph.outputs[0].name), input_shape=input_shape, classes=classes, batch=candidate.batch,
-        layers=layers, notes=(*notes, *left_in_float(model, tables=not expected.image)), digest=digest(model, layers),
+        layers=layers, notes=(*notes, *left_in_float(model, tables=not expected.image)), digest=content,
         example=example,
     )  # fmt: skip
 

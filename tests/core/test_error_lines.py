@@ -11,6 +11,7 @@ from qopt.errors import (
     CorruptModelError,
     DataError,
     InfeasibleError,
+    InterruptedRunError,
     ModelError,
     PlanError,
     PluginError,
@@ -34,6 +35,7 @@ EXIT_CODES: list[tuple[type[QoptError], int]] = [
     (UnsupportedModelError, 3),
     (PluginError, 4),
     (VerificationError, 4),
+    (InterruptedRunError, 130),
 ]
 
 
