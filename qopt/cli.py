@@ -8,6 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from qopt._version import __version__
+from qopt.commands.doctor import doctor
 from qopt.commands.optimize import EXAMPLES, optimize
 from qopt.commands.plan import plan
 from qopt.commands.plugins import plugins
@@ -64,5 +65,6 @@ def root(
 
 
 app.command(epilog=EXAMPLES)(optimize)
+app.command()(doctor)
 app.command()(plugins)
 app.add_typer(plan, name="plan")

@@ -18,6 +18,7 @@ Rows = Literal["auto", "on", "off"]
 Equalisation = Literal["auto", "on", "off"]
 Effort = Literal["fast", "normal", "max"]
 Calibration = Literal["auto", "clean", "adversarial", "mixed"]
+Dialect = Literal["folding", "qdq"]
 
 _WORDS: dict[str, tuple[str, ...]] = {
     "norm": get_args(Norm),
@@ -28,6 +29,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "rows": get_args(Rows),
     "effort": get_args(Effort),
     "calibration": get_args(Calibration),
+    "dialect": get_args(Dialect),
 }
 
 
@@ -71,6 +73,10 @@ class Options:
             ``auto`` is mixed with ``robust``, else clean.
         calibration_images: images that ranges and moments are observed on, at most.
         probe_images: images on which sensitivities and plans are compared, at most.
+        dialect: how the file writes weights down: ``folding``, the fewest bytes, which ONNX Runtime unpacks at load; or
+            ``qdq``, plain initializers into DequantizeLinear, which other compilers read.
+        memory: weights of matrix products with float activations stay packed at run time where they have 16 levels or
+            fewer: `MatMulNBits` of ONNX Runtime, with ``accuracy_level=1``.
         attack_images: report images that are attacked, at most; clean accuracy is always on all.
         seed: every random choice derives from it.
     """
@@ -94,6 +100,8 @@ class Options:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     calibration: Calibration = "auto"
+    dialect: Dialect = "folding"
+    memory: bool = False
     calibration_images: int = 1024
     probe_images: int = 256
     attack_images: int = 1000
@@ -113,6 +121,11 @@ class Options:
                     "unknown word", where=f"--{name.replace('_', '-')}", expected=", ".join(words),
                     got=repr(getattr(self, name)),
                 )  # fmt: skip
+        if self.memory and self.dialect != "folding":
+            raise UsageError(
+                "weights that stay packed at run time are no plain QDQ", where="--memory",
+                got=f"--dialect {self.dialect}", fix="leave out one of the two",
+            )  # fmt: skip
         try:
             where = "--baseline"
             for baseline in self.baselines:

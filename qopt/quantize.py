@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import final
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
@@ -15,6 +16,7 @@ from qopt.emit import integer_parts
 from qopt.errors import DataError, PlanError
 from qopt.graph.model import Layer, Prepared
 from qopt.graph.quantized import Quantized
+from qopt.graph.stored import release
 from qopt.graph.twin import build_twin
 from qopt.passes.annotate import Annotate, quantizable
 from qopt.passes.base import Pass, Pipeline
@@ -30,7 +32,8 @@ from qopt.passes.round_gptq import RoundGPTQ
 from qopt.passes.unshare import Unshare
 from qopt.passes.watcher import live_bytes
 from qopt.plan import Plan
-from qopt.quant import AffineRange, AnyWeight, RangeObserver, quantize_weight
+from qopt.quant import AffineRange, AnyWeight, RangeObserver
+from qopt.quant.large import quantize_large
 from qopt.seeds import derive
 from qopt.spec import FLOAT_ACTIVATION, ActivationSpec, WeightSpec
 
@@ -51,6 +54,9 @@ ADAROUND_BATCH = 32
 
 ACTIVATION_BYTES = 1 << 29
 """The activations that passes which run all their images side by side may hold at once; fewer images where more."""
+
+CODES_KEPT = 1 << 25
+"""Codes of one byte that are kept beside the network while formats are compared; what does not fit is made again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,17 +100,24 @@ class WeightOnly:
     prepared: Prepared
     notes: list[str] = field(default_factory=list, kw_only=True)
     _weights: dict[tuple[str, WeightSpec], AnyWeight] = field(default_factory=dict, kw_only=True)
+    _kept: int = field(default=CODES_KEPT, init=False)
 
     def weight(self, layer: Layer) -> Tensor:
-        """The float weight of a layer, in its stored orientation."""
-        return torch.from_numpy(self.prepared.initializer(layer.initializer).copy())
+        """The float weight of a layer, in its stored orientation; perhaps the network's own, not to be changed."""
+        stored = self.prepared.initializer(layer.initializer)
+        return torch.from_numpy(stored if stored.flags.writeable and stored.dtype == np.float32 else stored.copy())
 
     def quantized_weight(self, layer: Layer, spec: WeightSpec) -> AnyWeight:
-        """The codes of a layer in a format, computed once."""
+        """The codes of a layer in a format, computed once as long as there is room for all."""
         key = (layer.name, spec)
-        if key not in self._weights:
-            self._weights[key] = quantize_weight(self.weight(layer), spec, layer.channel_axis, where=layer.name)
-        return self._weights[key]
+        if key in self._weights:
+            return self._weights[key]
+        found = quantize_large(self.weight(layer), spec, layer.channel_axis, where=layer.name)
+        release(self.prepared.model)
+        if layer.weights <= self._kept:
+            self._kept -= layer.weights
+            self._weights[key] = found
+        return found
 
     def apply(self, plan: Plan) -> AppliedWeights:
         """Make ``plan`` real.

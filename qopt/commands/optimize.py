@@ -58,6 +58,12 @@ def optimize(
     axis: Annotated[
         list[str] | None, typer.Option(help="NAME=SIZE of a dynamic axis to try a network with that takes no images.")
     ] = None,
+    dialect: Annotated[
+        str, typer.Option(help="Weights in the file: folding (fewest bytes) or qdq (plain, for other compilers).")
+    ] = "folding",
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Keep weights of float matrix products packed at run time (MatMulNBits).")
+    ] = False,
     emit: Annotated[list[str] | None, typer.Option(help="Write c (C99 for microcontrollers) beside onnx.")] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Load formats that can run code.")] = False,
     calibration: Annotated[
@@ -83,6 +89,7 @@ def optimize(
         "activations": activations, "rounding": rounding, "bias_correction": bias_correction,
         "equalisation": equalisation, "rows": rows, "effort": effort, "seed": seed,
         "mean": numbers(mean, "--mean"), "std": numbers(std, "--std"), "calibration": calibration,
+        "dialect": dialect, "memory": memory,
         "calibration_images": calibration_images, "probe_images": probe_images, "attack_images": attack_images,
     }  # fmt: skip
     if baseline:

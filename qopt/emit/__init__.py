@@ -1,7 +1,26 @@
 """The emitter: it edits the prepared ONNX graph and leaves everything it need not touch alone."""
 
-from qopt.emit.dequantized import check_weight_only, dequantized
+from qopt.emit.dequantized import AGREES, check_weight_only, dequantized
+from qopt.emit.dialect import fused_layers
 from qopt.emit.editor import emit
 from qopt.emit.integer import integer_layers, integer_parts, runs_on_integers
+from qopt.emit.nbits import packed_layers
+from qopt.emit.opset import lower_opset
+from qopt.emit.pair_sums import SATURATES, worst_pair_sums
+from qopt.emit.shipped import check_shipped
 
-__all__ = ["check_weight_only", "dequantized", "emit", "integer_layers", "integer_parts", "runs_on_integers"]
+__all__ = [
+    "AGREES",
+    "SATURATES",
+    "check_shipped",
+    "check_weight_only",
+    "dequantized",
+    "emit",
+    "fused_layers",
+    "integer_layers",
+    "integer_parts",
+    "lower_opset",
+    "packed_layers",
+    "runs_on_integers",
+    "worst_pair_sums",
+]

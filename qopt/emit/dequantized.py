@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -11,7 +12,8 @@ from qopt.errors import VerificationError
 from qopt.graph.compare import largest_difference
 from qopt.graph.model import Feeds, Prepared
 from qopt.graph.quantized import Quantized
-from qopt.runtime.session import open_session, to_bytes
+from qopt.runtime.external import loadable, to_files
+from qopt.runtime.session import open_session
 
 AGREES: Final = 1e-4
 """Largest relative difference between a file and the network in float: that of fused kernels."""
@@ -27,15 +29,18 @@ def dequantized(prepared: Prepared, quantized: Quantized) -> ir.Model:
     return model
 
 
-def check_weight_only(prepared: Prepared, quantized: Quantized, emitted: ir.Model, data: bytes) -> None:
+def check_weight_only(prepared: Prepared, quantized: Quantized, emitted: ir.Model, data: bytes | Path) -> None:
     """Check a file whose activations and biases are float's: as ``emitted`` in memory, as ``data`` in ONNX Runtime.
+
+    ``data`` are its bytes, or its path where there are others beside it.
 
     Raises:
         VerificationError: it is another graph than the prepared one but for its weights, or its outputs on the
             prepared network's example differ from those of `dequantized` by more than `AGREES`.
     """
     check_structure(prepared, quantized, emitted)
-    expected = _outputs(to_bytes(dequantized(prepared, quantized)), prepared.example)
+    with loadable(to_files(dequantized(prepared, quantized))) as file:
+        expected = _outputs(file, prepared.example)
     differs = largest_difference(_outputs(data, prepared.example), expected)
     if not differs <= AGREES:
         raise VerificationError(
@@ -60,12 +65,23 @@ def check_structure(prepared: Prepared, quantized: Quantized, emitted: ir.Model)
         where = f"node {node.name!r}"
         if node.name not in nodes:
             raise VerificationError("a node of the network is missing in the file", where=where)
+        if packed & {str(v.name) for v in node.inputs if v is not None} and nodes[node.name].op_type == "MatMulNBits":
+            _check_packed(where, node, nodes[node.name])
+            continue
         _same(where, _facts(node), _facts(nodes[node.name]))
         for old, new in zip(node.inputs, nodes[node.name].inputs, strict=True):
             if old is None or old.name not in packed:
                 _same(where, old and old.name, new and new.name)
             elif new is None or new.producer() is None:
                 raise VerificationError("a quantized weight is still float in the file", where=where, got=str(old.name))
+
+
+def _check_packed(where: str, node: ir.Node, packed: ir.Node) -> None:
+    """A product whose weight stays packed: same input, same output, and activations that stay float."""
+    level = packed.attributes.get("accuracy_level")
+    _same(f"accuracy_level of {where}", 1, None if level is None else level.as_int())
+    names = [(n.inputs[0] and n.inputs[0].name, [v.name for v in n.outputs]) for n in (node, packed)]
+    _same(where, *names)
 
 
 def _facts(node: ir.Node) -> tuple[Any, ...]:
@@ -84,6 +100,6 @@ def _same(where: str, expected: object, got: object) -> None:
         )
 
 
-def _outputs(data: bytes, feeds: Feeds) -> list[Any]:
+def _outputs(data: bytes | Path, feeds: Feeds) -> list[Any]:
     session = open_session(data)
     return list(session.run(None, {value.name: feeds[value.name] for value in session.get_inputs()}))

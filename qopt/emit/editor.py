@@ -8,16 +8,20 @@ from typing import final
 
 import onnx_ir as ir
 
+from qopt.config import Dialect
 from qopt.emit.accumulator import IntegerLayer
 from qopt.emit.activations import quantize_values
 from qopt.emit.additions import Additions
 from qopt.emit.biases import bias_of, write_bias, write_integer_bias
+from qopt.emit.dialect import folding_weight, qdq_weight
 from qopt.emit.float_weights import keep_float_weights
 from qopt.emit.integer import integer_parts, runs_on_integers
+from qopt.emit.nbits import DOMAIN, packed_layers, write_packed
 from qopt.errors import VerificationError, nearest
 from qopt.graph.model import Layer, Prepared
 from qopt.graph.quantized import Quantized
-from qopt.runtime.patterns import Subgraph, float_weight, integer_weight
+from qopt.quant import AnyWeight
+from qopt.runtime.patterns import Subgraph
 
 __all__ = ["emit", "runs_on_integers"]
 
@@ -30,6 +34,8 @@ def emit(
     *,
     metadata: Mapping[str, str] | None = None,
     layer_metadata: Mapping[str, Mapping[str, str]] | None = None,
+    dialect: Dialect = "folding",
+    memory: bool = False,
 ) -> ir.Model:
     """A copy of the prepared graph that computes the quantized network.
 
@@ -41,19 +47,27 @@ def emit(
         quantized: what to write into it.
         metadata: properties of the model.
         layer_metadata: layer name to properties of the nodes that use it, beside ``qopt.layer`` and ``qopt.format``.
+        dialect: how weights are written down, see `qopt.emit.dialect`.
+        memory: write the layers of `packed_layers` that no integer kernel runs as `MatMulNBits`.
 
     Raises:
+        PlanError: a format that the dialect does not have.
         VerificationError: a name that the graph does not have, or a layer that does not come out quantized.
     """
     _check_names(prepared, quantized)
     model = prepared.model.clone()
     graph = model.graph
     places = {node: number for number, node in enumerate(graph)}
-    job = _Job(prepared, quantized, Additions(graph), {node.name: node for node in graph}, places)
+    job = _Job(prepared, quantized, Additions(graph), {node.name: node for node in graph}, places, dialect)
     parts = integer_parts(prepared, quantized)
+    packed = packed_layers(prepared, quantized) - set(parts) if memory else frozenset()
+    if packed:
+        model.opset_imports[DOMAIN] = 1
     for layer in prepared.layers:
         if layer.name in parts:
             job.write_integer(layer, parts[layer.name])
+        elif layer.name in packed:
+            job.write_packed(layer)
         else:
             job.write_float(layer)
         for use in layer.uses:
@@ -80,10 +94,11 @@ class _Job:
     additions: Additions
     nodes: Mapping[str | None, ir.Node]
     places: Mapping[ir.Node, int]
+    dialect: Dialect
 
     def write_integer(self, layer: Layer, part: IntegerLayer) -> None:
         """The weight for integer kernels, and the biases as these kernels round them."""
-        self._replace_weight(layer, integer_weight(layer.name, part.weight, zero_points=part.gemm))
+        self._replace_weight(layer, self._packed(layer, part.weight, integer=True, gemm=part.gemm))
         for index, use in enumerate(layer.uses):
             node = self.nodes[use.node]
             if index not in part.biases:
@@ -96,9 +111,22 @@ class _Job:
     def write_float(self, layer: Layer) -> None:
         """The weight, where it is quantized, in the form that folds to float, and the biases that change."""
         if layer.name in self.quantized.weights:
-            self._replace_weight(layer, float_weight(layer.name, self.quantized.weights[layer.name]))
+            self._replace_weight(layer, self._packed(layer, self.quantized.weights[layer.name]))
         for index in range(len(layer.uses)):
             self._write_changed_bias(layer, index)
+
+    def write_packed(self, layer: Layer) -> None:
+        """The weight in nibbles that stay packed at run time; of a Gemm the bias too, which the operator adds."""
+        write_packed(self.additions, self.nodes, layer, self.quantized, self.prepared)
+        if layer.op != "Gemm":
+            for index in range(len(layer.uses)):
+                self._write_changed_bias(layer, index)
+
+    def _packed(
+        self, layer: Layer, weight: AnyWeight, *, integer: bool = False, gemm: bool = False
+    ) -> tuple[Subgraph, ir.Value]:
+        write = qdq_weight if self.dialect == "qdq" else folding_weight
+        return write(layer.name, weight, integer=integer, gemm=gemm)
 
     def _write_changed_bias(self, layer: Layer, index: int) -> None:
         bias = bias_of(self.prepared, layer, index, self.quantized)
@@ -150,7 +178,9 @@ def _check_every_layer(model: ir.Model, prepared: Prepared, quantized: Quantized
 
 
 def _reads_codes(node: ir.Node | None) -> bool:
-    """Whether the weight is computed, for a tied table before it is transposed."""
+    """Whether the weight is computed, for a tied table before it is transposed, or packed."""
+    if node is not None and node.op_type == "MatMulNBits":
+        return True
     weight = None if node is None else node.inputs[0 if node.op_type == "Gather" else 1]
     producer = None if weight is None else weight.producer()
     if producer is not None and producer.op_type == "Transpose":

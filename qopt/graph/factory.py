@@ -56,10 +56,11 @@ def build(factory: str) -> Built:
     return Built(result, inputs)
 
 
-def fill(built: Built, state: Mapping[str, torch.Tensor], where: str) -> list[str]:
+def fill(built: Built, state: Mapping[str, torch.Tensor], where: str, *, adopt: bool = False) -> list[str]:
     """Load ``state`` into the module, strictly; returns notes.
 
-    A factory that loaded these very weights itself, under whatever names, is left as it is.
+    A factory that loaded these very weights itself, under whatever names, is left as it is. With ``adopt`` the module
+    takes the tensors themselves where it can, and its own are freed; it must not be trained then.
 
     Raises UsageError naming missing and unexpected keys with the nearest ones, or tensors of another shape.
     """
@@ -80,12 +81,35 @@ def fill(built: Built, state: Mapping[str, torch.Tensor], where: str) -> list[st
                 expected=str(tuple(own[key].shape)), got=str(tuple(tensor.shape)),
             )  # fmt: skip
     try:
-        built.module.load_state_dict(dict(state), strict=True)
+        if adopt and _loads_plainly(built.module):
+            _adopt(built.module, state)
+        else:
+            built.module.load_state_dict(dict(state), strict=True)
     except Exception as error:  # a module may override loading with code of its own
         raise UsageError(
             "the module refused the weights", where=where, got=f"{type(error).__name__}: {error}"[:200]
         ) from error
     return []
+
+
+def _loads_plainly(module: nn.Module) -> bool:
+    """Whether no part of the module does something of its own when a state dict is loaded; torch's parts do not."""
+    ways = ("_load_from_state_dict", "load_state_dict", "set_extra_state")
+    return not any(
+        part._load_state_dict_pre_hooks
+        or part._load_state_dict_post_hooks
+        or any(not getattr(type(part), way).__module__.startswith("torch.nn.") for way in ways)
+        for part in module.modules()
+    )
+
+
+def _adopt(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Let every parameter and buffer be the tensor of its name; tied ones stay tied, the last name counts."""
+    for key, own in module.state_dict(keep_vars=True).items():
+        if own.dtype == state[key].dtype and own.layout == state[key].layout:
+            own.data = state[key]
+        else:
+            own.data.copy_(state[key])
 
 
 def unwrap(checkpoint: object, where: str) -> dict[str, torch.Tensor]:

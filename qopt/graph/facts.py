@@ -66,13 +66,18 @@ def find_layers(model: ir.Model, example: Feeds, *, tables: bool = False) -> tup
     return tuple(layers)
 
 
+def kept_in_float(model: ir.Model, *, tables: bool = False) -> dict[str, str]:
+    """Name of each weight that an operator of a layer applies and that stays in float, to why it does."""
+    return {str(weight.name): reason for weight, reason in _grouped(model, tables)[1].items()}
+
+
 def left_in_float(model: ir.Model, *, tables: bool = False) -> tuple[str, ...]:
-    """One clause for each weight that stays in float, and why."""
-    return tuple(_grouped(model, tables)[1])
+    """One clause for each weight of `kept_in_float`."""
+    return tuple(f"{name} stays in float: {reason}" for name, reason in kept_in_float(model, tables=tables).items())
 
 
-def _grouped(model: ir.Model, tables: bool) -> tuple[list[list[_Site]], list[str]]:
-    """The sites of each weight, in graph order, and the reasons why some weights are none."""
+def _grouped(model: ir.Model, tables: bool) -> tuple[list[list[_Site]], dict[ir.Value, str]]:
+    """The sites of each weight, in graph order, and why some weights are no layers."""
     found: dict[ir.Value, list[_Site]] = {}
     reasons: dict[ir.Value, str] = {}
     for node in model.graph:
@@ -86,7 +91,7 @@ def _grouped(model: ir.Model, tables: bool) -> tuple[list[list[_Site]], list[str
         if not alike or len(weight.uses()) != len(sites) or weight.is_graph_output():
             reasons.setdefault(weight, "another kind of operator uses the weight too")
     kept = [sites for weight, sites in found.items() if weight not in reasons]
-    return kept, [f"{weight.name} stays in float: {reason}" for weight, reason in reasons.items()]
+    return kept, reasons
 
 
 def _alike(ops: set[WeightedOp]) -> bool:
@@ -182,7 +187,7 @@ def _vector(value: ir.Value, channels: int, most_axes: int) -> str | None:
 def _weight_shape(weight: ir.Value) -> tuple[int, ...]:
     tensor = weight.const_value
     assert tensor is not None
-    return tuple(int(size) for size in tensor.numpy().shape)
+    return tuple(int(size) for size in tensor.shape.numpy())
 
 
 def _int(node: ir.Node, name: str, default: int) -> int:

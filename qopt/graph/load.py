@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import nn
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
 
 from qopt.errors import CorruptModelError, UnsafeModelError, UnsupportedModelError, UsageError
 from qopt.factories import importable_here
@@ -23,11 +24,17 @@ from qopt.graph.audit import audit_archive
 from qopt.graph.formats import Format, identify, unsafe_globals
 from qopt.graph.load_onnx import load_onnx
 from qopt.graph.model import NOTES
+from qopt.graph.shapes import fix_shapes
+from qopt.graph.stored import SMALLEST_FILE, TensorFile, give_back
 from qopt.graph.to_onnx import check_input_shape, module_to_onnx, program_to_onnx, quiet
 
 _SAFE_WAYS = (
     "save it with torch.export.save, or save its state_dict() and pass --model package.module:factory, "
     "or give an ONNX file; --trust loads it as it is"
+)
+_SCRIPT_WAYS = (
+    "go back to the module that it was made of and save it with torch.export.save, or save its state_dict() and pass "
+    "--model package.module:factory, or export it to ONNX"
 )
 _NEEDS_FACTORY = (Format.STATE_DICT, Format.SAFETENSORS)
 
@@ -69,7 +76,7 @@ def load_model(
         case Format.TORCHSCRIPT:
             return _load_script(path, trust, input_shape)
         case Format.SAFETENSORS:
-            return _fill(path, _load_safetensors(path), factory, input_shape)
+            return _load_mapped(path, factory, input_shape)
         case Format.STATE_DICT:
             return _fill(path, _load_weights(path), factory, input_shape)
         case Format.PICKLED_MODULE | Format.LEGACY_PICKLE:
@@ -89,7 +96,35 @@ def _load_archive(path: Path, trust: bool) -> ExportedProgram:
         ) from error  # fmt: skip
 
 
-def _fill(path: Path, checkpoint: object, factory: str | None, input_shape: tuple[int, ...] | None) -> ir.Model:
+def _load_mapped(path: Path, factory: str | None, input_shape: tuple[int, ...] | None) -> ir.Model:
+    """A safetensors file; the weights of a large one stay in it and are read when they are needed."""
+    if path.stat().st_size < SMALLEST_FILE:
+        return _fill(path, _load_safetensors(path), factory, input_shape)
+    stored, state = _map_safetensors(path)
+    model = _fill(path, state, factory, input_shape, stored)
+    state.clear()
+    stored.release()
+    give_back()
+    return model
+
+
+def _map_safetensors(path: Path) -> tuple[TensorFile, dict[str, torch.Tensor]]:
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            stored = TensorFile(path)
+            views = {name: stored.tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
+            return stored, {name: file.get_tensor(name) if view is None else view for name, view in views.items()}
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CorruptModelError("the safetensors file is damaged", where=str(path), got=_line(error)) from error
+
+
+def _fill(
+    path: Path,
+    checkpoint: object,
+    factory: str | None,
+    input_shape: tuple[int, ...] | None,
+    stored: TensorFile | None = None,
+) -> ir.Model:
     state = factories.unwrap(checkpoint, str(path))
     if factory is None:
         raise UsageError(
@@ -97,8 +132,8 @@ def _fill(path: Path, checkpoint: object, factory: str | None, input_shape: tupl
             fix=f"pass {factories.OPTION} package.module:factory, where factory() returns the nn.Module",
         )  # fmt: skip
     built = factories.build(factory)
-    notes = factories.fill(built, state, str(path))
-    model = module_to_onnx(built.module, input_shape, example=built.example)
+    notes = factories.fill(built, state, str(path), adopt=stored is not None)
+    model = module_to_onnx(built.module, input_shape, example=built.example, stored=stored)
     model.meta[NOTES] = [*notes, *model.meta[NOTES]]
     return model
 
@@ -177,17 +212,39 @@ def _load_script(path: Path, trust: bool, input_shape: tuple[int, ...] | None) -
         raise UsageError("the shape of an image is not known", where=str(path), fix="give data, or --input-shape C,H,W")
     from torch._export.converter import TS2EPConverter
 
+    images = torch.rand(1, *input_shape, generator=torch.Generator().manual_seed(0))
     try:
         with quiet():
             script = torch.jit.load(io.BytesIO(_read(path)), map_location="cpu").eval()  # type: ignore[no-untyped-call]
-            program = TS2EPConverter(script, (torch.zeros(1, *input_shape),)).convert()
-    except Exception as error:  # the converter is an experiment of torch and fails in many ways
-        raise UnsupportedModelError(
-            "torch cannot convert this TorchScript archive", where=str(path), got=_line(error), fix=_SAFE_WAYS
+    except Exception as error:  # damaged code and tensors raise anything
+        raise CorruptModelError(
+            "torch cannot read the TorchScript archive", where=str(path), got=_line(error)
         ) from error
+    try:
+        with quiet(), torch.no_grad():
+            program = TS2EPConverter(script, (images,)).convert()
+            same = _same(program.module()(images), script(images))
+    except Exception as error:  # the converter is an experiment of torch and fails in many ways
+        raise _not_converted(path, _line(error)) from error
+    if not same:
+        raise _not_converted(path, "a program that computes something else")
     model = program_to_onnx(program)
+    if len(model.graph.inputs) == 1:  # the converter leaves every other axis open
+        fix_shapes(model, {str(model.graph.inputs[0].name): tuple(images.shape)})
     model.meta[NOTES] = ["the batch axis is fixed at 1: the file is TorchScript", *model.meta[NOTES]]
     return model
+
+
+def _same(got: object, expected: object) -> bool:
+    """Whether the tensors in two outputs are equal up to rounding."""
+    pairs = list(zip(tree_leaves(got), tree_leaves(expected), strict=True))
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs if isinstance(a, torch.Tensor))
+
+
+def _not_converted(path: Path, got: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        "torch cannot convert this TorchScript archive", where=str(path), got=got, fix=_SCRIPT_WAYS
+    )
 
 
 def _read(path: Path) -> bytes:

@@ -13,7 +13,7 @@ from qopt.errors import CorruptModelError, ModelError, UnsafeModelError, UsageEr
 
 
 def load_onnx(path: Path) -> ir.Model:
-    """The model at ``path``; external tensors stay on disk, memory-mapped.
+    """The model at ``path``; external tensors stay on disk, memory-mapped, and are written like any others.
 
     Raises:
         UsageError: the file cannot be read.
@@ -33,6 +33,8 @@ def load_onnx(path: Path) -> ir.Model:
             onnx.checker.check_model(proto)
         elif _is_utf8(path):  # the checker finds external files by the path, which it wants as UTF-8
             onnx.checker.check_model(os.fspath(path.resolve()))
+        if external:
+            _adopt_external(model)
     except ModelError:
         raise
     except Exception as error:  # protobuf, the checker and onnx_ir each have their own exceptions, and leak others
@@ -43,6 +45,26 @@ def load_onnx(path: Path) -> ir.Model:
             "not a valid ONNX model", where=where, got=f"{type(root).__name__}: {' '.join(str(root).split())[:240]}"
         ) from error
     return model
+
+
+def _adopt_external(model: ir.Model) -> None:
+    """Make external tensors, which have been checked, plain ones: whoever serializes the graph writes their values."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = _mapped(value.const_value)
+    owners: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for node in (node for owner in owners for node in owner.all_nodes()):
+        for name, attribute in list(node.attributes.items()):
+            if not attribute.is_ref() and attribute.type == ir.AttributeType.TENSOR:
+                tensor = attribute.as_tensor()
+                if isinstance(tensor, ir.ExternalTensor):
+                    node.attributes[name] = ir.AttrTensor(name, _mapped(tensor))
+
+
+def _mapped(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
+    """A view of the mapped file."""
+    return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
 
 
 def _is_utf8(path: Path) -> bool:

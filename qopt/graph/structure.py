@@ -22,6 +22,9 @@ _CONTROL_FLOW: Final = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 _RANDOM: Final = frozenset(
     {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 )
+_OTHER_DOMAINS: Final = frozenset({("com.microsoft", "MatMulNBits")})
+"""Operators outside the standard that files of qopt hold."""
+
 _TAKES_INFINITY: Final = frozenset({"Clip", "Max", "Min", "Pad", "Where"})
 """Operators for which an infinite constant is a mask or a missing bound and not a broken weight."""
 
@@ -53,6 +56,8 @@ def check_nodes(model: ir.Model) -> None:
 
 def _check_node(node: ir.Node, opset: int) -> None:
     where = f"node {node.name!r}" if node.name else f"the node that computes {node.outputs[0].name!r}"
+    if (node.domain, node.op_type) in _OTHER_DOMAINS:
+        return
     if node.domain:
         raise UnsupportedModelError(f"operator {node.op_type} of the unknown domain {node.domain!r}", where=where)
     if node.op_type in _CONTROL_FLOW or any(_holds_graph(a) for a in node.attributes.values()):

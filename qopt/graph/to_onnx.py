@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from qopt.errors import UnsupportedModelError, UsageError
 from qopt.graph.model import NOTES
+from qopt.graph.stored import TensorFile
 
 OPSET: Final = 21
 
@@ -45,6 +46,17 @@ _TRAINING_FLAG = {
 """Operators that behave otherwise in training, and the position of the argument that says so."""
 
 _QUOTED_LINE = re.compile(r'File "([^"]+)", line (\d+), in [^\n]+\n\s+([^\n]+)')
+_OPERATOR = re.compile(r"op='([\w.]+)'")
+_IN_PLAIN_WORDS = (
+    (
+        re.compile(r"DataDependentSymNode: Could not extract"),
+        "a size or a number that depends on the values of the input",
+    ),
+    (re.compile(r"DataDependentSymNode"), "a branch or a size that depends on the values of the input"),
+    (re.compile(r"\.numpy\(\) is not supported"), "a tensor that leaves torch for numpy"),
+)
+"""How torch's words begin that say nothing to who does not know it, and what they mean."""
+
 _NOT_THE_USERS = tuple(
     str(Path(folder).resolve()) + "/"
     for folder in (Path(torch.__file__).parent, Path(__file__).parent.parent, sysconfig.get_path("stdlib"))
@@ -53,7 +65,11 @@ _LIBRARIES = ("/site-packages/onnx", "/site-packages/sympy/", "/site-packages/nu
 
 
 def module_to_onnx(
-    module: nn.Module, input_shape: tuple[int, ...] | None = None, *, example: tuple[Any, ...] | None = None
+    module: nn.Module,
+    input_shape: tuple[int, ...] | None = None,
+    *,
+    example: tuple[Any, ...] | None = None,
+    stored: TensorFile | None = None,
 ) -> ir.Model:
     """Export ``module`` in evaluation mode; its own mode is restored.
 
@@ -62,6 +78,7 @@ def module_to_onnx(
             which the entry ``logits``, else the first tensor, is kept.
         input_shape: shape of one image, such as (3, 32, 32); needed where there is no ``example``.
         example: positional arguments of forward() instead; axis 0 of every tensor is the batch.
+        stored: a file that parameters are views of; those are not copied into the graph.
 
     Returns:
         The model, opset 21, with a dynamic batch axis where the module allows it (else batch 1, or the example's own,
@@ -77,9 +94,9 @@ def module_to_onnx(
     module.eval()
     try:
         with contextlib.suppress(_Failed):
-            return _convert(_export(module, dynamic, batched=True), [])
+            return _convert(_export(module, dynamic, batched=True), [], stored)
         note = f"the batch axis is fixed at {_batch(static)}: torch could not export it as dynamic"
-        return _convert(_export(module, static, batched=False), [note])
+        return _convert(_export(module, static, batched=False), [note], stored)
     except _Failed as failed:
         raise failed.error from failed.error.__cause__
     finally:
@@ -183,10 +200,17 @@ def _export(module: nn.Module, arguments: tuple[Any, ...], *, batched: bool) -> 
         with quiet():
             return torch.export.export(module, arguments, dynamic_shapes=shapes)
     except Exception as error:  # tracing runs the user's forward(), which may raise anything
-        raise _Failed(_failure("torch.export cannot trace the model", error)) from error
+        what = f"torch.export cannot trace the model with {_described(arguments)}"
+        raise _Failed(_failure(what, error)) from error
 
 
-def _convert(program: ExportedProgram, notes: list[str]) -> ir.Model:
+def _described(arguments: tuple[Any, ...]) -> str:
+    """The inputs that it was traced with, such as ``an input of shape (2, 3, 32, 32)``."""
+    shapes = [str(tuple(a.shape)) for a in arguments if isinstance(a, torch.Tensor)]
+    return f"an input of shape {shapes[0]}" if len(arguments) == 1 else f"inputs of shape {', '.join(shapes)}"
+
+
+def _convert(program: ExportedProgram, notes: list[str], stored: TensorFile | None = None) -> ir.Model:
     _check_program(program)
     try:
         with quiet():
@@ -194,16 +218,23 @@ def _convert(program: ExportedProgram, notes: list[str]) -> ir.Model:
                 program, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False
             )  # fmt: skip
     except Exception as error:  # the exporter wraps failures of decompositions, dispatch and shape inference
-        raise _Failed(_failure("torch.onnx cannot translate the program", error)) from error
+        raise _Failed(_failure("torch.onnx cannot translate the program", error, program)) from error
     assert exported is not None
     model: ir.Model = exported.model
     notes = [*notes, *_keep_logits(model, program)]
     _strip_metadata(model)
     for name, value in model.graph.initializers.items():
-        if value.const_value is not None:  # a copy: training the module later must not change the graph
-            value.const_value = ir.tensor(value.const_value.numpy().copy(), name=name)
+        if value.const_value is not None:
+            value.const_value = _kept(value.const_value, name, stored)
     model.meta[NOTES] = notes
     return model
+
+
+def _kept(tensor: ir.TensorProtocol, name: str, stored: TensorFile | None) -> ir.TensorProtocol:
+    """The tensor as part of a file that is there, else a copy: training the module later must not change the graph."""
+    raw = getattr(tensor, "raw", None)
+    found = stored.stored(raw, name) if stored is not None and isinstance(raw, torch.Tensor) else None
+    return found if found is not None else ir.tensor(tensor.numpy().copy(), name=name)
 
 
 def _check_program(program: ExportedProgram) -> None:
@@ -279,12 +310,16 @@ def _strip_metadata(model: ir.Model) -> None:
             value.metadata_props.clear()
 
 
-def _failure(what: str, error: Exception) -> UnsupportedModelError:
+def _failure(what: str, error: Exception, program: ExportedProgram | None = None) -> UnsupportedModelError:
     chain = _chain(error)
     line = next((place for link in chain if (place := _user_line(link))), None)
     root = chain[-1]
     text = next((part.strip() for part in str(root).splitlines() if part.strip()), "")
-    result = UnsupportedModelError(what, where=line, got=f"{type(root).__name__}: {text[:200]}", fix=_WAYS_OUT)
+    if line is None and program is not None:
+        line = _line_of_operator(program, " ".join(map(str, chain)))
+    plain = next((words for sign, words in _IN_PLAIN_WORDS if sign.search(f"{type(root).__name__}: {text}")), None)
+    got = f"{type(root).__name__}: {text[:200]}"
+    result = UnsupportedModelError(what, where=line, got=plain or got, fix=_WAYS_OUT)
     result.__cause__ = error
     return result
 
@@ -300,8 +335,26 @@ def _chain(error: BaseException) -> list[BaseException]:
 def _user_line(error: BaseException) -> str | None:
     """``net.py:12 `if x.sum() > 0:` `` for the innermost line of the user's own code, from frames or the message."""
     frames = [(f.filename, f.lineno, f.line) for f in traceback.extract_tb(error.__traceback__)]
-    quoted = [(name, int(number), line) for name, number, line in _QUOTED_LINE.findall(str(error))]
-    for name, number, line in [*reversed(frames), *reversed(quoted)]:
+    return _innermost(frames) or _innermost(_quoted(str(error)))
+
+
+def _line_of_operator(program: ExportedProgram, message: str) -> str | None:
+    """The line that the operator named in ``message`` came from, or the one that it was made of."""
+    for operator in _OPERATOR.findall(message):
+        for node in program.graph.nodes:
+            if str(node.target).startswith(operator):
+                line = _innermost(_quoted(str(node.meta.get("stack_trace", ""))))
+                if line is not None:
+                    return line
+    return None
+
+
+def _quoted(text: str) -> list[tuple[str, int | None, str | None]]:
+    return [(name, int(number), line) for name, number, line in _QUOTED_LINE.findall(text)]
+
+
+def _innermost(frames: list[tuple[str, int | None, str | None]]) -> str | None:
+    for name, number, line in reversed(frames):
         path = str(Path(name).resolve())
         if (
             not name.startswith("<")

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import final
 
 import onnx
 import torch
 
 from qopt import __version__
-from qopt.emit import check_weight_only, emit, integer_layers
+from qopt.emit import check_weight_only, emit, fused_layers, lower_opset
 from qopt.errors import VerificationError
-from qopt.graph.model import Prepared
 from qopt.job.run import Run
 from qopt.measure.network import ArtefactClassifier, TwinClassifier, predictions
 from qopt.quantize import Applied, AppliedWeights
 from qopt.report.model import KernelFacts
+from qopt.runtime.external import DATA, LARGEST_FILE, MODEL, loadable, to_files
 from qopt.runtime.kernels import count_kernels
-from qopt.runtime.session import Runner, to_bytes
+from qopt.runtime.session import Runner
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,18 @@ class EmittedFile:
 
     data: bytes
     kernels: KernelFacts
+    external: bytes = field(default=b"", kw_only=True)
+    """What lies beside it as ``model.onnx.data``; empty where one file holds it all."""
+
+    @property
+    def parts(self) -> dict[str, bytes]:
+        """The files by name, the model first."""
+        return {MODEL: self.data, **({DATA: self.external} if self.external else {})}
+
+    @property
+    def size(self) -> int:
+        """Bytes of all of them."""
+        return len(self.data) + len(self.external)
 
 
 @final
@@ -38,69 +51,81 @@ class Artefact(EmittedFile):
     classifier: ArtefactClassifier
 
 
-def float_file(run: Run) -> EmittedFile:
-    """The prepared float network as a file."""
-    data = to_bytes(run.prepared.model)
-    return EmittedFile(data, _kernels(data))
+def float_file(run: Run, *, largest: int = LARGEST_FILE) -> EmittedFile:
+    """The prepared float network as a file; ``largest`` as `to_files` takes it."""
+    parts = to_files(run.prepared.model, largest)
+    with loadable(parts) as file:
+        return EmittedFile(parts[MODEL], _kernels(file), external=parts.get(DATA, b""))
 
 
 def float_artefact(run: Run) -> Artefact:
     """The prepared float network as a file, with its twin."""
     file = float_file(run)
-    return Artefact(file.data, file.kernels, run.float_twin, _classifier(run, file.data))
+    return _classified(run, file, run.float_twin)
 
 
-def build_file(run: Run, applied: AppliedWeights, layer_metadata: Mapping[str, Mapping[str, str]]) -> EmittedFile:
+def build_file(
+    run: Run,
+    applied: AppliedWeights,
+    layer_metadata: Mapping[str, Mapping[str, str]],
+    *,
+    largest: int = LARGEST_FILE,
+) -> EmittedFile:
     """Emit, check and load. A file that quantizes weights alone is run against the same weights in float.
 
     Raises:
         VerificationError: the emitted graph is invalid, or another one than it must be.
+        PlanError: a format that the dialect asked for does not have.
     """
     metadata = {
         "qopt.version": __version__,
         "qopt.plan": applied.plan.digest,
-        "qopt.kind": _kind(run.prepared, applied),
+        "qopt.kind": _kind(run, applied),
     }
-    model = emit(run.prepared, applied.quantized, metadata=metadata, layer_metadata=layer_metadata)
-    data = to_bytes(model)
-    try:
-        onnx.checker.check_model(data, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise VerificationError("the emitted graph is not valid ONNX", got=str(error).splitlines()[0]) from error
-    if not applied.quantized.activations and not applied.quantized.biases:
-        check_weight_only(run.prepared, applied.quantized, model, data)
-    return EmittedFile(data, _kernels(data))
+    model = emit(
+        run.prepared, applied.quantized, metadata=metadata, layer_metadata=layer_metadata, dialect=run.options.dialect,
+        memory=run.options.memory,
+    )  # fmt: skip
+    parts = to_files(lower_opset(model, run.prepared.example), largest)
+    with loadable(parts) as file:
+        try:
+            onnx.checker.check_model(file, full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise VerificationError("the emitted graph is not valid ONNX", got=str(error).splitlines()[0]) from error
+        if not applied.quantized.activations and not applied.quantized.biases:
+            check_weight_only(run.prepared, applied.quantized, model, file)
+        return EmittedFile(parts[MODEL], _kernels(file), external=parts.get(DATA, b""))
 
 
 def build_artefact(run: Run, applied: Applied, layer_metadata: Mapping[str, Mapping[str, str]]) -> Artefact:
     """A file as `build_file` makes it, with its twin, compared with it on the report images.
 
     Raises:
-        VerificationError: as `build_file`.
+        VerificationError, PlanError: as `build_file`.
     """
-    file = build_file(run, applied, layer_metadata)
-    kernels = file.kernels
     twin = TwinClassifier(applied.graph, run.normalisation, run.prepared.batch)
-    classifier = _classifier(run, file.data)
-    if run.data is not None:
-        images = torch.from_numpy(run.data.report.images)
-        same = predictions(twin, images) == predictions(classifier, images)
-        kernels = kernels.model_copy(update={"agreement": float(same.float().mean())})
-    return Artefact(file.data, kernels, twin, classifier)
+    artefact = _classified(run, build_file(run, applied, layer_metadata), twin)
+    if run.data is None:
+        return artefact
+    images = torch.from_numpy(run.data.report.images)
+    same = predictions(twin, images) == predictions(artefact.classifier, images)
+    return replace(artefact, kernels=artefact.kernels.model_copy(update={"agreement": float(same.float().mean())}))
 
 
-def _kind(prepared: Prepared, applied: AppliedWeights) -> str:
+def _classified(run: Run, file: EmittedFile, twin: TwinClassifier) -> Artefact:
+    with loadable(file.parts) as source:
+        runner = Runner(source, batch=run.prepared.batch, threads=torch.get_num_threads())
+    classifier = ArtefactClassifier(runner, run.normalisation)
+    return Artefact(file.data, file.kernels, twin, classifier, external=file.external)
+
+
+def _kind(run: Run, applied: AppliedWeights) -> str:
     """Whether integer kernels run the network, or weights are only stored in few bits."""
     quantized = set(applied.quantized.weights)
-    return "integer" if quantized and quantized <= integer_layers(prepared, applied.quantized) else "simulated"
+    fused = fused_layers(run.prepared, applied.quantized, run.options.dialect)
+    return "integer" if quantized and quantized <= fused else "simulated"
 
 
-def _classifier(run: Run, data: bytes) -> ArtefactClassifier:
-    return ArtefactClassifier(
-        Runner(data, batch=run.prepared.batch, threads=torch.get_num_threads()), run.normalisation
-    )
-
-
-def _kernels(data: bytes) -> KernelFacts:
+def _kernels(data: bytes | Path) -> KernelFacts:
     kernels = count_kernels(data)
     return KernelFacts(integer=kernels.integer, floating=kernels.float_, counts=kernels.counts)

@@ -33,6 +33,7 @@ class Bundle:
         manifest: hashes, versions, seed, options, timings and latencies.
         journal: one JSON line for each plan that was evaluated.
         sources: file name to text of the network as C, where it was asked for.
+        external: tensors of a model that one file does not hold, written as ``model.onnx.data``; empty for all others.
     """
 
     model: bytes
@@ -41,6 +42,7 @@ class Bundle:
     manifest: Mapping[str, Any]
     journal: str
     sources: Mapping[str, str] = field(default_factory=dict)
+    external: bytes = b""
 
     @property
     def exit_code(self) -> int:
@@ -61,7 +63,9 @@ class Bundle:
             "journal.jsonl": self.journal,
             **self.sources,
         }
-        files = {"model.onnx": self.model, **{name: text.encode() for name, text in texts.items()}}
+        # the data come first: whoever finds the new model finds what it points to
+        data = {"model.onnx.data": self.external} if self.external else {}
+        files = {**data, "model.onnx": self.model, **{name: text.encode() for name, text in texts.items()}}
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         manifest = {**self.manifest, "files": hashes}
         return {**files, "manifest.json": (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()}

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, final
 
 import onnx_ir as ir
@@ -19,10 +18,10 @@ from qopt.data import Data, Split
 from qopt.errors import DataError, UnsupportedModelError, UsageError, VerificationError
 from qopt.graph.compare import TOLERANCE, matches_onnxruntime
 from qopt.graph.equalise import equalise
-from qopt.graph.model import Feeds, Prepared
+from qopt.graph.model import Prepared
 from qopt.graph.prepare import prepare
 from qopt.hardware.targets import Target, parse_target
-from qopt.job.artefact import EmittedFile, build_artefact, build_file, float_artefact, float_file
+from qopt.job.artefact import Artefact, EmittedFile, build_artefact, build_file, float_artefact, float_file
 from qopt.job.bundle import Bundle, environment
 from qopt.job.choose import Choice, choose
 from qopt.job.equalised import contest_equalisation, tries_equalisation
@@ -31,11 +30,10 @@ from qopt.job.report import build_report, layer_metadata
 from qopt.job.rows import Table
 from qopt.job.run import Progress, Run
 from qopt.job.sources import c_sources, check_forms
+from qopt.job.verify import verify
 from qopt.measure.network import Normalisation
 from qopt.plan import Plan
 from qopt.quantize import ROUNDINGS, Applied, Quantizer, WeightOnly, whole_batches
-from qopt.runtime.latency import fastest, measure_latency
-from qopt.runtime.session import open_session
 from qopt.spec import ActivationSpec
 from qopt.threat import ThreatModel, default_threat
 
@@ -84,30 +82,28 @@ def optimize_model(task: Task, cache: Cache, progress: Progress) -> Bundle:
         run, choice = contest_equalisation(run, choice, lambda: start(on, cache, clock))
     clock("emit and check the file")
     sources, c_facts = c_sources(run, choice.applied) if "c" in task.emit else ({}, {})
-    artefact, reference, table = _emit(run, choice)
+    artefact, reference = _files(run, choice)
+    clock("verify the file in a fresh process")
+    verified = verify(run, choice.applied, artefact, reference)
+    table = _measured(run, choice, verified.file, reference)
     row = next((r for r in table.rows if r.name == OURS), None) if table else None
     gates = threshold_gates(run, choice.facts)
     gates += [] if row is None else judge(task.options.active_gates, row)
-    float_bytes = task.source.get("bytes") or len(reference.data)
-    report = build_report(run, choice, artefact, table, gates, float_bytes, task.command)
-    clock("latency")
-    latency = _latency(run, reference, artefact) if run.prepared.batch is None else {}
+    float_bytes = task.source.get("bytes") or reference.size
+    report = build_report(run, choice, verified.file, table, gates, float_bytes, task.command)
     clock("")
     manifest = {
         **environment(), "source": dict(task.source), "seed": task.options.seed, "options": task.options.as_dict(),
-        "seconds": clock.seconds, "passes": choice.applied.seconds, "latency_seconds": latency,
+        "seconds": clock.seconds, "passes": choice.applied.seconds, "latency_seconds": verified.latency,
         "cache_hits": sorted(set(cache.hits)), "threads": torch.get_num_threads(),
         **({"c": c_facts} if c_facts else {}),
     }  # fmt: skip
     journal = "".join(json.dumps(plan.model_dump()) + "\n" for plan in choice.facts.evaluated)
-    return Bundle(artefact.data, choice.applied.plan, report, manifest, journal, sources)
+    return Bundle(artefact.data, choice.applied.plan, report, manifest, journal, sources, artefact.external)
 
 
 OURS = "qopt"
 """The emitted file's row."""
-
-RUNS = 10
-"""Runs of which the fastest counts, where the network is no classifier of images and may be large."""
 
 
 class Clock:
@@ -267,33 +263,25 @@ def _check_labels(data: Data, classes: int) -> None:
             raise DataError("labels out of range", where="--data", expected=f"0 to {classes - 1}", got=got)
 
 
-def _emit(run: Run, choice: Choice) -> tuple[EmittedFile, EmittedFile, Table | None]:
-    """The file, the float one, and with images the table of what was measured on them."""
+def _files(run: Run, choice: Choice) -> tuple[EmittedFile, EmittedFile]:
+    """The file and the float one; with images both with their twins."""
     metadata = layer_metadata(choice)
     if run.data is None:
-        return build_file(run, choice.applied, metadata), float_file(run), None
+        return build_file(run, choice.applied, metadata), float_file(run)
     assert isinstance(choice.applied, Applied)
-    artefact, reference = build_artefact(run, choice.applied, metadata), float_artefact(run)
+    return build_artefact(run, choice.applied, metadata), float_artefact(run)
+
+
+def _measured(run: Run, choice: Choice, artefact: EmittedFile, reference: EmittedFile) -> Table | None:
+    """What was measured on images; None without."""
+    if run.data is None:
+        return None
+    assert isinstance(artefact, Artefact)
+    assert isinstance(reference, Artefact)
+    assert isinstance(choice.applied, Applied)
     table = Table(run)
     table.add_float(reference)
     for baseline in run.options.baselines:
         table.add_baseline(baseline)
     table.add(OURS, artefact, choice.applied, naive=True)
-    return artefact, reference, table
-
-
-def _latency(run: Run, reference: EmittedFile, artefact: EmittedFile) -> dict[str, dict[str, float]]:
-    """Items in a run to the seconds that it takes, by file; images are run one by one, anything else as its example."""
-    models = {"float": reference.data, OURS: artefact.data}
-    if run.prepared.image:
-        count, found = 1, measure_latency(models, run.prepared.input_shape)
-    else:
-        feeds = run.prepared.example
-        count = (*feeds[run.prepared.input].shape, 1)[0]
-        found = fastest({name: _call(model, feeds) for name, model in models.items()}, RUNS)
-    return {str(count): {name: round(seconds, 9) for name, seconds in found.items()}}
-
-
-def _call(model: bytes, feeds: Feeds) -> Callable[[], object]:
-    session = open_session(model)
-    return partial(session.run, None, {value.name: feeds[value.name] for value in session.get_inputs()})
+    return table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qopt.emit import integer_layers
+from qopt.emit import SATURATES, fused_layers, packed_layers, worst_pair_sums
 from qopt.graph.model import Layer
 from qopt.job.artefact import EmittedFile
 from qopt.job.choose import Choice
@@ -55,10 +55,15 @@ def build_report(
     """Everything but times."""
     rows = table.rows if table else []
     ours = next((row for row in rows if row.name == "qopt"), None)
-    integers = integer_layers(run.prepared, choice.applied.quantized)
+    integers = fused_layers(run.prepared, choice.applied.quantized, run.options.dialect)
     stored = list(choice.applied.quantized.stored(run.prepared))
+    found = worst_pair_sums(run.prepared, choice.applied.quantized)
+    sums = {name: worst for name, worst in found.items() if name in integers}
+    layers = [
+        _layer_row(run, choice, layer, layer.name in integers, sums.get(layer.name)) for layer in run.prepared.layers
+    ]
     size = SizeFacts(
-        float_bytes=float_bytes, file_bytes=len(artefact.data), ratio=len(artefact.data) / float_bytes,
+        float_bytes=float_bytes, file_bytes=artefact.size, ratio=artefact.size / float_bytes,
         code_bits=code_bits(stored), stored_bits=stored_bits(stored),
     )  # fmt: skip
     return Report(
@@ -71,7 +76,7 @@ def build_report(
         model=_model_facts(run),
         data=_data_facts(run),
         search=choice.facts,
-        layers=[_layer_row(run, choice, layer, layer.name in integers) for layer in run.prepared.layers],
+        layers=layers,
         activations=_activation_rows(choice),
         size=size,
         kernels=artefact.kernels,
@@ -79,7 +84,7 @@ def build_report(
         masking=table.masking if table else [],
         gates=gates,
         left_out=run.left_out,
-        warnings=_warnings(run, choice, artefact, size),
+        warnings=[*_warnings(run, choice, artefact, size), *_saturation_warnings(layers)],
     )
 
 
@@ -118,7 +123,7 @@ def _calibration_note(run: Run) -> list[str]:
     return [f"calibration images: {share} adversarial, by PGD-{PROBE_STEPS} on the float network at {run.threat}"]
 
 
-def _layer_row(run: Run, choice: Choice, layer: Layer, integer: bool) -> LayerRow:
+def _layer_row(run: Run, choice: Choice, layer: Layer, integer: bool, pair_sum: int | None) -> LayerRow:
     quantized = choice.applied.quantized
     spec = quantized.spec(layer.name)
     space = next(space for space in choice.space.layers if space.layer == layer.name)
@@ -129,7 +134,7 @@ def _layer_row(run: Run, choice: Choice, layer: Layer, integer: bool) -> LayerRo
         container_bits=spec.container_bits, norm_w=space.norm.value,
         norm_wq=norm.value, norm_dw=error.value, row_norm_w=space.row_norm.value, row_norm_dw=rows.value,
         macs=layer.macs,
-        integer=integer, reason=choice.applied.plan.reasons.get(layer.name, ""),
+        integer=integer, reason=choice.applied.plan.reasons.get(layer.name, ""), worst_pair_sum=pair_sum,
     )  # fmt: skip
 
 
@@ -154,7 +159,7 @@ def _warnings(run: Run, choice: Choice, artefact: EmittedFile, size: SizeFacts) 
     if kernels.agreement is not None and kernels.agreement < AGREEMENT:
         share = f"{100 * kernels.agreement:.2f} %"
         warnings.append(f"file and quantized graph agree on {share} of images only: the attacks see another network")
-    integers = integer_layers(run.prepared, choice.applied.quantized)
+    integers = fused_layers(run.prepared, choice.applied.quantized, run.options.dialect)
     expected = sum(len(layer.uses) for layer in run.prepared.layers if layer.name in integers)
     if kernels.integer < expected:
         warnings.append(
@@ -167,8 +172,47 @@ def _warnings(run: Run, choice: Choice, artefact: EmittedFile, size: SizeFacts) 
             "quantize more layers, or keep a network that small in float"
         )
     warnings += [*_calibration_warnings(run, choice), *_channel_warnings(run, choice)]
+    warnings += _dialect_warnings(run, choice, integers)
     broken = [x for x in run.target.limits if x.quantity == "bits" and size.code_bits > x.bound + 1e-9]
     return warnings + [f"the plan of {choice.facts.strategy} does not keep the limit {limit}" for limit in broken]
+
+
+def _saturation_warnings(layers: list[LayerRow]) -> list[str]:
+    """The layers whose products x86 processors without VNNI may saturate."""
+    over = [row for row in layers if row.worst_pair_sum is not None and row.worst_pair_sum > SATURATES]
+    if not over:
+        return []
+    worst = max(row.worst_pair_sum or 0 for row in over)
+    return [
+        f"two neighbouring products may sum to {worst}, which x86 processors without VNNI silently saturate at "
+        f"{SATURATES}, in {', '.join(row.name for row in over)}: give these layers 7 bits or fewer, or set the session "
+        "option session.x64quantprecision to 1 there"
+    ]
+
+
+def _dialect_warnings(run: Run, choice: Choice, integers: frozenset[str]) -> list[str]:
+    """What a session of plain QDQ must be told, and which layers take float memory all the same."""
+    weights = choice.applied.quantized.weights
+    if run.options.memory:
+        left = set(weights) - integers - packed_layers(run.prepared, choice.applied.quantized)
+        names = ", ".join(layer.name for layer in run.prepared.layers if layer.name in left)
+        return (
+            [
+                f"unpacked to float at load, whatever --memory asks: {names}; only matrix products of 4 bits or fewer, "
+                "per channel or in blocks of 16, 32, 64, 128 or 256, stay packed"
+            ]
+            if left
+            else []
+        )
+    products = [
+        x.name for x in run.prepared.layers if x.op == "MatMul" and x.name in weights and x.name not in integers
+    ]
+    if run.options.dialect == "folding" or not products:
+        return []
+    return [
+        "by default ONNX Runtime quantizes the activations of DequantizeLinear + MatMul to 8 bits unasked: set the "
+        f"session option session.qdq_matmulnbits_accuracy_level to 1, for {', '.join(products)}"
+    ]
 
 
 def _calibration_warnings(run: Run, choice: Choice) -> list[str]:

@@ -42,7 +42,7 @@ def spectral_norms(matrices: Tensor, *, where: str = "matrices") -> list[NormBou
     eigenvalues = torch.linalg.eigvalsh(scaled @ scaled.mT)[:, -1]
     slack = _rounding(scaled)
     return [
-        _bound(eigenvalue, error, int(exponent))
+        bound_of_eigenvalue(eigenvalue, eigenvalue, error, int(exponent), METHOD)
         for eigenvalue, error, exponent in zip(eigenvalues.tolist(), slack.tolist(), exponents.tolist(), strict=True)
     ]
 
@@ -70,10 +70,13 @@ def _rounding(scaled: Tensor) -> Tensor:
     return 4 * (scaled.shape[1] + scaled.shape[2]) * EPS * scaled.square().sum(dim=(1, 2))
 
 
-def _bound(eigenvalue: float, error: float, exponent: int) -> NormBound:
-    """Roots of the two ends, scaled back; 4 eps cover the roots and sums, one step a result below 1e-307."""
+def bound_of_eigenvalue(low: float, high: float, error: float, exponent: int, method: str) -> NormBound:
+    """The norm whose square over ``4 ** exponent`` lies in [low - error, high + error].
+
+    4 eps cover the roots and sums, one step a result below 1e-307. Without an error the matrix is zero.
+    """
     if not error:
-        return NormBound(0.0, 0.0, METHOD)
-    upper = math.ldexp(math.sqrt(eigenvalue + error) * (1 + 4 * EPS), exponent)
-    lower = math.ldexp(math.sqrt(max(eigenvalue - error, 0.0)) * (1 - 4 * EPS), exponent)
-    return NormBound(math.nextafter(lower, 0.0), math.nextafter(upper, math.inf), METHOD)
+        return NormBound(0.0, 0.0, method)
+    upper = math.ldexp(math.sqrt(high + error) * (1 + 4 * EPS), exponent)
+    lower = math.ldexp(math.sqrt(max(low - error, 0.0)) * (1 - 4 * EPS), exponent)
+    return NormBound(math.nextafter(lower, 0.0), math.nextafter(upper, math.inf), method)

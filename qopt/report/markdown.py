@@ -92,6 +92,10 @@ def _size(report: Report) -> str:
     ]
     if kernels.agreement is not None:
         lines.append(f"- file and quantized graph predict the same class on {100 * kernels.agreement:.2f} % of images")
+    if kernels.difference is not None:
+        lines.append(
+            f"- in a fresh process the file's outputs are within {kernels.difference:.0e} of the quantized graph's"
+        )
     return "\n".join(lines)
 
 
@@ -99,11 +103,14 @@ def _layers(report: Report) -> str:
     rows = [
         [
             row.name, row.op, "x".join(map(str, row.shape)), row.shown_format, f"{row.container_bits:.4g}",
-            f"{row.norm_w:.3g}", f"{row.norm_dw:.3g}", f"{row.macs:,}", "yes" if row.integer else "no", row.reason,
+            f"{row.norm_w:.3g}", f"{row.norm_dw:.3g}", f"{row.macs:,}", "yes" if row.integer else "no",
+            "-" if row.worst_pair_sum is None else str(row.worst_pair_sum), row.reason,
         ]
         for row in report.layers
     ]  # fmt: skip
-    header = ["layer", "op", "shape", "format", "bits", "||W||", "||dW||", "MACs", "integer", "why"]
+    header = [
+        "layer", "op", "shape", "format", "bits", "||W||", "||dW||", "MACs", "integer", "worst pair sum", "why",
+    ]  # fmt: skip
     return _table(header, rows)
 
 

@@ -42,7 +42,11 @@ class DataFacts(Document):
 
 @final
 class LayerRow(Document):
-    """One layer: its format, why, and what it does. Norms are upper ends of sound bounds on the reshaped matrix."""
+    """One layer: its format, why, and what it does. Norms are upper ends of sound bounds on the reshaped matrix.
+
+    ``worst_pair_sum`` is the largest |sum of two products| of neighbouring codes along the reduction; above 32767 it
+    saturates on x86 without VNNI. None where no integer kernel adds products in pairs.
+    """
 
     name: str
     op: str
@@ -58,6 +62,7 @@ class LayerRow(Document):
     macs: int
     integer: bool
     reason: str
+    worst_pair_sum: int | None = None
 
     @property
     def shown_format(self) -> str:
@@ -187,12 +192,19 @@ class GateRow(Document):
 
 @final
 class KernelFacts(Document):
-    """Convolutions and matrix products by the kind of kernel that ONNX Runtime gives them on this machine."""
+    """Convolutions and matrix products by the kind of kernel that ONNX Runtime gives them on this machine.
+
+    Attributes:
+        agreement: share of the report images of which file and quantized graph predict the same class.
+        difference: how far the file's outputs, in a fresh process, are from those of the quantized graph, relative;
+            None where that was not compared.
+    """
 
     integer: int
     floating: int
     counts: dict[str, int]
     agreement: float | None = None
+    difference: float | None = None
 
 
 @final

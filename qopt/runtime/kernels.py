@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import final
 
 import onnx
+import onnxruntime as ort
 
 from qopt.runtime.session import open_session
 
@@ -49,8 +50,17 @@ def count_kernels(model: bytes | Path) -> Kernels:
     Raises:
         UnsupportedModelError: ONNX Runtime refuses the graph.
     """
+    return session_and_kernels(model)[1]
+
+
+def session_and_kernels(model: bytes | Path) -> tuple[ort.InferenceSession, Kernels]:
+    """A session of ``model`` and the operators that it will run; raises as `count_kernels`."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
-        open_session(model, optimized=path)
-        graph = onnx.load(path).graph
+        return open_session(model, optimized=path), kernels_of(path)
+
+
+def kernels_of(optimized: Path) -> Kernels:
+    """The operators of a graph that ONNX Runtime has optimised; data beside it are not read."""
+    graph = onnx.load(optimized, load_external_data=False).graph
     return Kernels(dict(sorted(Counter(node.op_type for node in graph.node).items())))

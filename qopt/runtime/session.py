@@ -11,6 +11,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from qopt.errors import DataError, UnsupportedModelError
+from qopt.runtime.fresh import session_options
 
 BATCH = 250
 """Images per run where the batch axis is dynamic."""
@@ -35,15 +36,7 @@ def open_session(model: bytes | Path, *, threads: int = 1, optimized: Path | Non
     Raises:
         UnsupportedModelError: ONNX Runtime refuses the graph.
     """
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # DequantizeLinear + MatMul becomes MatMulNBits, which by default quantizes activations to int8 unasked.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    if optimized is not None:
-        options.optimized_model_filepath = str(optimized)
+    options = session_options(threads, optimized)
     source = model if isinstance(model, bytes) else str(model)
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])

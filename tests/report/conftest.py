@@ -62,7 +62,7 @@ def full_report() -> Report:
             LayerRow(
                 name="conv|1", op="Conv", shape=[16, 1, 3, 3], format="int4:max", bits=4, container_bits=4,
                 norm_w=1.23456, norm_wq=1.2, norm_dw=0.0345, row_norm_w=3.0, row_norm_dw=0.1, macs=112896,
-                integer=True, reason="sensitivity 0.01",
+                integer=True, reason="sensitivity 0.01", worst_pair_sum=7140,
             ),
             LayerRow(
                 name="fc", op="Gemm", shape=[10, 64], format="float", bits=32, container_bits=32, norm_w=2.0,
@@ -71,7 +71,9 @@ def full_report() -> Report:
         ],
         activations=[ActivationRow(tensor="x", format="int8", low=0.0, high=1.0, scale=0.00392157, zero_point=0)],
         size=SizeFacts(float_bytes=50000, file_bytes=6000, ratio=0.12, code_bits=3.5, stored_bits=3.75),
-        kernels=KernelFacts(integer=1, floating=1, counts={"QLinearConv": 1, "Gemm": 1}, agreement=0.995),
+        kernels=KernelFacts(
+            integer=1, floating=1, counts={"QLinearConv": 1, "Gemm": 1}, agreement=0.995, difference=1e-3
+        ),
         rows=[
             Row(name="float", code_bits=32.0, clean=share(90), attacked={"PGD-20": share(66)}, robust=share(65)),
             Row(
