@@ -99,7 +99,7 @@ def test_rows_reversed_as_far_as_they_reach(rows: int, places: int, seed: int, d
 def test_reductions_over_axes_that_are_computed(
     sizes: tuple[int, ...], seed: int, data: st.DataObject, keep: bool, kind: str
 ) -> None:
-    x = _draw(sizes, seed) + 1
+    x = 1 + _draw(sizes, seed) / 10  # products of a hundred of them stay finite
     axes = data.draw(st.lists(st.sampled_from(range(len(sizes))), unique=True))
     over = tuple(axes) if axes else None
     expected = {
