@@ -19,7 +19,7 @@ from qopt.graph.to_onnx import module_to_onnx
 from qopt.job.bundle import Bundle
 from qopt.job.command import reproduce
 from qopt.job.optimize import Task, optimize_model
-from qopt.plan import Plan
+from qopt.plan import Plan, read_plan
 
 
 def optimize(
@@ -78,7 +78,7 @@ def optimize(
         VerificationError: an emitted file that does not compute what it must (exit code 4).
     """
     resolved = resolve_options(target=target, robust=robust, limits=limits, gates=gates, eps=eps, **options)
-    chosen = _read_plan(plan)
+    chosen = read_plan(Path(plan)) if isinstance(plan, str | Path) else plan
     loaded = load_data(str(data)) if isinstance(data, str | Path) else data
     shape = input_shape or (None if loaded is None else tuple(loaded.report.images.shape[1:]))
     if isinstance(model, nn.Module):
@@ -108,16 +108,6 @@ def load(
 ) -> Any:
     """A model file as an `onnx_ir.Model`, loaded as `optimize` loads it, with the same errors."""
     return load_model(Path(path), factory=factory, trust=trust, input_shape=input_shape)
-
-
-def _read_plan(plan: str | Path | Plan | None) -> Plan | None:
-    if plan is None or isinstance(plan, Plan):
-        return plan
-    path = Path(plan)
-    try:
-        return Plan.from_json(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError("cannot read the plan", where=str(path), got=str(error)) from error
 
 
 def _source(path: Path) -> dict[str, Any]:

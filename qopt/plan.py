@@ -6,12 +6,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Annotated, Any, Literal, final
 
 from pydantic import Field, ValidationError, WithJsonSchema, field_validator
 
 from qopt.documents import Document, first_problem, read
-from qopt.errors import PlanError, nearest
+from qopt.errors import PlanError, UsageError, nearest
 from qopt.spec import FLOAT, FLOAT_ACTIVATION, WEIGHT_PATTERN, ActivationSpec, WeightSpec
 
 SCHEMA: Literal[1] = 1
@@ -142,6 +143,19 @@ class Plan(Document):
             return Plan.model_validate({**self.model_dump(by_alias=True), **changes})
         except ValidationError as error:
             raise first_problem(Plan, error, "plan", PlanError) from error
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a file.
+
+    Raises:
+        UsageError: the file cannot be read.
+        PlanError: it holds no plan.
+    """
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError("cannot read the plan", where=str(path), got=str(error)) from error
 
 
 def uniform(weights: WeightSpec = FLOAT, activations: ActivationSpec = FLOAT_ACTIVATION, **fields: Any) -> Plan:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
+from qopt.columns import columns, section
 from qopt.plan import Plan
 from qopt.spec import WeightSpec
 
@@ -22,8 +23,8 @@ def show_plan(plan: Plan) -> str:
     ]
     weights = [(name, _short(spec), plan.reasons.get(name, "")) for name, spec in plan.weights.items()]
     activations = [(name, spec, _range(plan, name)) for name, spec in _activations(plan).items()]
-    parts = [_columns(facts), _section("weights", weights), _section("activations", activations)]
-    parts += [_section("ties", [(", ".join(group),) for group in plan.ties])]
+    parts = [columns(facts), section("weights", weights), section("activations", activations)]
+    parts += [section("ties", [(", ".join(group),) for group in plan.ties])]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -88,13 +89,3 @@ def _short(spec: str) -> str:
         counts = ", ".join(f"{count} x {row}" for row, count in parsed.row_counts.items())
         return f"rows: {counts}"
     return spec if len(spec) <= LONGEST else f"{spec[: LONGEST - 3]}..."
-
-
-def _section(title: str, rows: Sequence[tuple[str, ...]]) -> str:
-    return f"{title}\n{_columns(rows, indent=2)}" if rows else ""
-
-
-def _columns(rows: Sequence[tuple[str, ...]], indent: int = 0) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-    return "\n".join(" " * indent + line for line in lines)

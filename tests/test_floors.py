@@ -13,7 +13,7 @@ PACKAGE = ROOT / "qopt"
 
 FLOORS = {
     0: "errors seeds spec size plan limits config threat statistics files cache plugins factories quiet progress "
-    "_version documents plan_text",
+    "_version documents columns plan_text",
     1: "quant lipschitz data",
     2: "graph runtime",
     3: "passes attacks hardware emit",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +34,8 @@ PUBLIC = [
 @pytest.mark.assets
 @pytest.mark.parametrize("activations", [A8, A4], ids=str)
 @pytest.mark.parametrize("name", PUBLIC)
-def test_twin_and_file_of_public_networks_agree(name: str, activations: ActivationSpec) -> None:
+def test_twin_and_file_of_public_networks_agree(name: str, activations: ActivationSpec, assets: Path) -> None:
     """Most logits to the last bits; a code that falls to the other side of a tie moves the others."""
-    if not os.environ.get("QOPT_ASSETS"):
-        pytest.skip("QOPT_ASSETS is not set")
-    assets = Path(os.environ["QOPT_ASSETS"])
     prepared = prepare(ir.load(assets / "onnx" / f"{name}.onnx"))
     part = next((part for part in ("mnist", "fashion") if part in name), "cifar10")
     with np.load(assets / "data" / f"{part}_small.npz") as file:

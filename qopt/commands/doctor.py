@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qopt.commands.running import numbers
+from qopt.commands.running import image_shape
 from qopt.errors import InterruptedRunError
 
 
@@ -23,7 +23,7 @@ def doctor(
     Exit code 0 where it can be compiled, else what `qopt optimize` would end with: 3 where it is not supported, 2 where
     an option is wrong or missing.
     """
-    shape = tuple(int(size) for size in numbers(input_shape, "--input-shape")) or None
+    shape = image_shape(input_shape)
     from qopt.quiet import stdout_to_stderr
 
     try:

@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from qopt.commands.running import cache_folder, check_folder, check_options, finish, numbers, run_job, sizes
+from qopt.commands.running import (
+    cache_folder,
+    check_folder,
+    check_options,
+    finish,
+    image_shape,
+    numbers,
+    run_job,
+    sizes,
+)
 
 MODEL = "A torch.export archive, a state dict or safetensors file with --model, or an ONNX file."
 DATA = "Images: a .npz file, a folder of class folders, or package.module:factory."
@@ -95,7 +104,7 @@ def optimize(
     if baseline:
         options["baselines"] = tuple(baseline)
     check_options(options)
-    shape = tuple(int(size) for size in numbers(input_shape, "--input-shape")) or None
+    shape = image_shape(input_shape)
     bundle = run_job(
         model, quiet, threads, data=data, factory=factory, trust=trust, input_shape=shape, plan=plan,
         axes=sizes(axis or []), emit=tuple(emit or ()), cache=cache_folder() if cache else None, **options,

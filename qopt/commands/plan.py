@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qopt.commands.running import cache_folder, check_folder, check_options, finish, numbers, run_job
-from qopt.errors import UsageError
+from qopt.commands.running import cache_folder, check_folder, check_options, finish, image_shape, run_job
 
 if TYPE_CHECKING:
     from qopt.plan import Plan
@@ -57,7 +56,7 @@ def apply(
     folder = out or Path(f"{Path(model).stem}.qopt")
     check_folder(folder)
     check_options({"robust": robust, "eps": eps})
-    shape = tuple(int(size) for size in numbers(input_shape, "--input-shape")) or None
+    shape = image_shape(input_shape)
     bundle = run_job(
         model, quiet, None, data=data, factory=factory, trust=trust, input_shape=shape, plan=_path(file),
         cache=cache_folder(), robust=robust, eps=eps,
@@ -70,10 +69,6 @@ def _path(file: Path) -> Path:
 
 
 def _read(file: Path) -> Plan:
-    from qopt.plan import Plan
+    from qopt.plan import read_plan
 
-    path = _path(file)
-    try:
-        return Plan.from_json(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError("cannot read the plan", where=str(path), got=str(error)) from error
+    return read_plan(_path(file))

@@ -51,6 +51,11 @@ def numbers(text: str, where: str) -> tuple[float, ...]:
         raise UsageError("not a list of numbers", where=where, expected="like 0.5,0.5,0.5", got=repr(text)) from error
 
 
+def image_shape(text: str) -> tuple[int, ...] | None:
+    """The sizes in ``--input-shape``; None where it was left out."""
+    return tuple(int(size) for size in numbers(text, "--input-shape")) or None
+
+
 def sizes(words: list[str]) -> dict[str, int]:
     """The entries of ``NAME=SIZE`` words; UsageError for any other."""
     found = {}

@@ -10,10 +10,10 @@ import onnx_ir as ir
 
 from qopt.errors import VerificationError
 from qopt.graph.compare import largest_difference
-from qopt.graph.model import Feeds, Prepared
+from qopt.graph.model import Prepared
 from qopt.graph.quantized import Quantized
 from qopt.runtime.external import loadable, to_files
-from qopt.runtime.session import open_session
+from qopt.runtime.session import open_session, run_feeds
 
 AGREES: Final = 1e-4
 """Largest relative difference between a file and the network in float: that of fused kernels."""
@@ -40,8 +40,8 @@ def check_weight_only(prepared: Prepared, quantized: Quantized, emitted: ir.Mode
     """
     check_structure(prepared, quantized, emitted)
     with loadable(to_files(dequantized(prepared, quantized))) as file:
-        expected = _outputs(file, prepared.example)
-    differs = largest_difference(_outputs(data, prepared.example), expected)
+        expected = run_feeds(open_session(file), prepared.example)
+    differs = largest_difference(run_feeds(open_session(data), prepared.example), expected)
     if not differs <= AGREES:
         raise VerificationError(
             "the file computes something else than the quantized network", expected=f"at most {AGREES:g}",
@@ -98,8 +98,3 @@ def _same(where: str, expected: object, got: object) -> None:
         raise VerificationError(
             "the file is another graph than the network", where=where, expected=str(expected), got=str(got)
         )
-
-
-def _outputs(data: bytes | Path, feeds: Feeds) -> list[Any]:
-    session = open_session(data)
-    return list(session.run(None, {value.name: feeds[value.name] for value in session.get_inputs()}))

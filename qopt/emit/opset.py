@@ -22,6 +22,7 @@ from qopt.errors import UnsupportedModelError
 from qopt.graph.model import Feeds
 from qopt.runtime.external import loadable, to_files
 from qopt.runtime.kernels import Kernels, session_and_kernels
+from qopt.runtime.session import run_feeds
 
 OLDEST: Final = 13
 """The first opset with scales per channel."""
@@ -110,7 +111,7 @@ def _same(model: bytes | Path, lowered: bytes | Path, feeds: Feeds) -> bool:
 
 def _run(data: bytes | Path, feeds: Feeds) -> tuple[Kernels, list[Any]]:
     session, kernels = session_and_kernels(data)
-    return kernels, list(session.run(None, {value.name: feeds[value.name] for value in session.get_inputs()}))
+    return kernels, run_feeds(session, feeds)
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -86,7 +86,7 @@ class _Importer:
 
     def _add(self, node: ir.Node) -> None:
         op = Op(node, self._opset, self._lookup)
-        handler = None if node.domain else TABLE.get(node.op_type)
+        handler = TABLE.get(f"{node.domain}::{node.op_type}" if node.domain else node.op_type)
         if handler is None:
             kind = REFUSED.get(node.op_type) if not node.domain else f"of the domain {node.domain!r}"
             raise op.refuse("in the attackable twin" + (f" ({kind})" if kind else ""))

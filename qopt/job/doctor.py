@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -11,6 +11,7 @@ import onnx_ir as ir
 from pydantic import Field
 
 from qopt.cache import Cache
+from qopt.columns import columns, section
 from qopt.config import Options
 from qopt.documents import Document
 from qopt.errors import ModelError, QoptError, UsageError
@@ -228,9 +229,9 @@ def show_diagnosis(found: Diagnosis) -> str:
         for row in found.layers
     ]
     parts = [
-        _columns(facts), _section("operators", _counts(found.operators)),
-        _section(f"{len(layers)} layer{'s' * (len(layers) != 1)} that can be quantized", layers, right=(3, 4)),
-        _section("kept in float", [*kept, *others], right=(1,)), _section("notes", [(note,) for note in found.notes]),
+        columns(facts), section("operators", _counts(found.operators)),
+        section(f"{len(layers)} layer{'s' * (len(layers) != 1)} that can be quantized", layers, right=(3, 4)),
+        section("kept in float", [*kept, *others], right=(1,)), section("notes", [(note,) for note in found.notes]),
         "can be compiled" if found.compiles else f"cannot be compiled: {found.reason}",
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -246,16 +247,3 @@ def _size(name: str, size: int) -> str:
 
 def _counts(operators: Mapping[str, int]) -> list[tuple[str, ...]]:
     return [(name, str(count)) for name, count in operators.items()]
-
-
-def _section(title: str, rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> str:
-    return f"{title}\n{_columns(rows, indent=2, right=right)}" if rows else ""
-
-
-def _columns(rows: Sequence[tuple[str, ...]], indent: int = 0, right: tuple[int, ...] = ()) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = (
-        "  ".join(row[i].rjust(widths[i]) if i in right else row[i].ljust(widths[i]) for i in range(len(row))).rstrip()
-        for row in rows
-    )
-    return "\n".join(" " * indent + line for line in lines)

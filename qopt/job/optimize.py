@@ -208,7 +208,7 @@ def _attacked_calibration(run: Run, clean: Split) -> Tensor:
 
 
 def _no_layers(prepared: Prepared, name: str) -> UnsupportedModelError:
-    if any(node.op_type in ("DequantizeLinear", "QuantizeLinear") for node in prepared.model.graph):
+    if any(node.op_type in ("DequantizeLinear", "QuantizeLinear", "MatMulNBits") for node in prepared.model.graph):
         return UnsupportedModelError(
             "the model is quantized already", where=name, fix="give the float model that it was made from"
         )

@@ -21,7 +21,7 @@ from qopt.quantize import Applied, AppliedWeights, whole_batches
 from qopt.report.model import KernelFacts
 from qopt.runtime.external import loadable, to_files
 from qopt.runtime.process import FreshRun, run_fresh
-from qopt.runtime.session import open_session
+from qopt.runtime.session import open_session, run_feeds
 
 IMAGES: Final = 8
 """Report images that the file is run on."""
@@ -103,8 +103,7 @@ def _expected(run: Run, applied: AppliedWeights, feeds: Feeds) -> Sequence[NDArr
             logits: torch.Tensor = applied.graph(torch.from_numpy(feeds[run.prepared.input]))
         return [logits.numpy()]
     with loadable(to_files(dequantized(run.prepared, applied.quantized))) as source:
-        session = open_session(source)
-    return list(session.run(None, {value.name: feeds[value.name] for value in session.get_inputs()}))
+        return run_feeds(open_session(source), feeds)
 
 
 def _difference(got: Sequence[NDArray[Any]], expected: Sequence[Any], applied: AppliedWeights) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -60,11 +61,16 @@ def fastest(calls: dict[str, Any], seconds: float) -> dict[str, float]:
     for number in range(MOST_ROUNDS):
         if number >= FEWEST_ROUNDS and time.perf_counter() > end:
             break
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            best[name] = min(best[name], time.perf_counter() - began)
+        time_round(calls, best)
     return best
+
+
+def time_round(calls: Mapping[str, Callable[[], object]], best: dict[str, float]) -> None:
+    """Make every call once, in turn, and lower its time in ``best`` where it was shorter."""
+    for name, call in calls.items():
+        began = time.perf_counter()
+        call()
+        best[name] = min(best[name], time.perf_counter() - began)
 
 
 def main(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from qopt.errors import UsageError
+from qopt.runtime.fresh import time_round
 from qopt.runtime.session import open_session
 
 
@@ -41,8 +41,5 @@ def fastest(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str
     for call in calls.values():
         call()
     for _ in range(repeats):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            best[name] = min(best[name], time.perf_counter() - began)
+        time_round(calls, best)
     return best

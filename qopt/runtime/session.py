@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import onnx_ir as ir
@@ -45,6 +46,11 @@ def open_session(model: bytes | Path, *, threads: int = 1, optimized: Path | Non
         raise UnsupportedModelError(
             "ONNX Runtime cannot load the graph", where=None if isinstance(model, bytes) else model.name, got=reason
         ) from error
+
+
+def run_feeds(session: ort.InferenceSession, feeds: Mapping[str, NDArray[Any]]) -> list[Any]:
+    """All outputs for the inputs that the session takes, by name; ``feeds`` may hold more."""
+    return list(session.run(None, {value.name: feeds[value.name] for value in session.get_inputs()}))
 
 
 @final

@@ -27,6 +27,7 @@ from qopt.graph.operators.packed_product import matmul_nbits, unpacked
 from qopt.graph.operators.registry import Op
 from qopt.graph.prepare import prepare
 from qopt.graph.quantized import Quantized
+from qopt.graph.twin import build_twin
 from qopt.quant import AffineRange, quantize_weight
 from qopt.runtime.kernels import count_kernels
 from qopt.runtime.session import to_bytes
@@ -162,6 +163,17 @@ def test_a_width_that_fills_no_block_and_what_is_read_back(
             got.sum().backward()  # type: ignore[no-untyped-call]
             assert image.grad is not None
             assert image.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("spec", ["int4:full", "int4:asym", "int2:full"])
+def test_the_file_comes_back_into_the_twin(codes_of: Any, evaluate: Any, images: Any, spec: str) -> None:
+    prepared = wide()
+    model = emit(prepared, Quantized(codes_of(prepared, spec)), memory=True)
+    assert kinds(model).count("MatMulNBits") == 2
+    x = images(prepared)
+    with torch.no_grad():
+        got = build_twin(prepare(ir.serde.deserialize_model(ir.serde.serialize_model(model))))(torch.from_numpy(x))
+    np.testing.assert_allclose(got.numpy(), evaluate(model, {"x": x}, "logits"), rtol=1e-4, atol=1e-5)
 
 
 def test_the_opset_comes_down_with_it(codes_of: Any) -> None:

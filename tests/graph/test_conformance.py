@@ -53,7 +53,7 @@ OLD_NAMES = {"Upsample": "Resize", "Scatter": "ScatterElements"}
 
 WITHOUT_CASES = {
     "GlobalLpPool": "onnx generates none; tests/graph/test_twin_operators.py has one",
-    "MatMulNBits": "of ONNX Runtime's own domain; tests/emit/test_nbits.py compares it",
+    "com.microsoft::MatMulNBits": "of ONNX Runtime's own domain; tests/emit/test_nbits.py compares it",
 }
 
 HALF = {ml_dtypes.bfloat16: 2**-6, np.float16: 2**-9}

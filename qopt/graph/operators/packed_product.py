@@ -8,7 +8,7 @@ from torch import Tensor
 from qopt.graph.operators.registry import Call, Op, operator
 
 
-@operator("MatMulNBits")
+@operator("com.microsoft::MatMulNBits")
 def matmul_nbits(op: Op) -> Call:
     """``A @ W.T + bias``, W (N, K) in codes of 2, 4 or 8 bits with a scale for every block of a row.
 

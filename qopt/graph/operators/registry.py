@@ -149,7 +149,7 @@ class Op:
 Handler = Callable[[Op], Call]
 
 TABLE: Final[dict[str, Handler]] = {}
-"""Every operator that the twin has, by its ONNX name."""
+"""Every operator that the twin has, by its ONNX name; ``domain::name`` where it is none of the standard ones."""
 
 
 REFUSED: Final = {
