@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qopt.attacks.attack import Attack, AttackResult, Classifier
+from qopt.attacks.attack import Attack, AttackResult, Classifier, MinimumAttack, keep_within
 from qopt.attacks.fgsm import FGSM
 from qopt.attacks.masking import (
     Finding,
@@ -25,9 +25,11 @@ __all__ = [
     "AttackResult",
     "Classifier",
     "Finding",
+    "MinimumAttack",
     "Verdict",
     "accuracy_vector",
     "dead_gradients",
+    "keep_within",
     "predict",
     "probability_warning",
     "transfer_stronger",
