@@ -93,6 +93,7 @@ def made_real(model: onnx.ModelProto) -> onnx.ModelProto:
         positive = len(shape) == 1 and node.output[0].endswith(("_var_0", "_riv_0", "_rm_0", "variance"))
         array = np.abs(generator.normal(size=shape)) + 0.5 if positive else generator.normal(size=shape) * spread
         model.graph.initializer.append(numpy_helper.from_array(array.astype(np.float32), node.output[0]))
+    model.ir_version = max(model.ir_version, 4)  # before, initializers were inputs too
     del model.graph.node[:]
     model.graph.node.extend(kept)
     return model

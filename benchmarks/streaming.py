@@ -1,10 +1,11 @@
 """Memory and time of compiling a safetensors file weight-only: the steps before emission, and the whole compile.
 
-    python benchmarks/streaming.py [--parameters 5e6,1.5e7,5e7] [--whole] [--write]
+    python benchmarks/streaming.py [--parameters 5e6,1.5e7,5e7] [--whole] [--target int4-uniform] [--write]
 
 Every size runs in a process of its own. Memory is the peak resident size above that of the libraries alone, over the
-size of the float file; pages of the mapped file count. Without ``--whole`` the network is loaded, prepared, its
-candidates are weighed and one plan is turned into codes; with it, `qopt.optimize` runs to the end.
+size of the float file; pages of the mapped file count. Without ``--whole`` the network is loaded, prepared, the
+candidates of ``int4`` are weighed and one plan is turned into codes; with it, `qopt.optimize` runs to the end. The
+fresh process that runs the file at last holds the file and little else, and is not counted.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(path: Path, whole: bool) -> dict[str, Any]:
+def measure(path: Path, whole: bool, target: str) -> dict[str, Any]:
     """In this process: step to its seconds and its peak above the libraries' memory in bytes."""
     import onnxscript  # noqa: F401 - the libraries are loaded before anything counts
 
@@ -98,7 +99,7 @@ def measure(path: Path, whole: bool) -> dict[str, Any]:
 
     factory = "streaming:network"
     if whole:
-        step("optimize", lambda: qopt.optimize(path, factory=factory))
+        step("optimize", lambda: qopt.optimize(path, factory=factory, target=target))
         return found
     model = step("load", lambda: load_model(path, factory=factory))
     prepared = step("prepare", lambda: prepare(model))
@@ -123,15 +124,16 @@ def with_torch_onnx() -> None:
     prepare(module_to_onnx(nn.Sequential(nn.Flatten(), nn.Linear(16, 4)), (1, 4, 4)))
 
 
-def run(parameters: float, whole: bool) -> dict[str, Any]:
-    """One size in a process of its own: steps, and the number of parameters."""
+def run(parameters: float, whole: bool, target: str) -> dict[str, Any]:
+    """One size in a process of its own: steps, and the bytes of the file."""
     environment = {
         **os.environ, SIZE: str(parameters), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
-        arguments = [sys.executable, __file__, "--inside", str(path), *(["--whole"] if whole else [])]
+        arguments = [sys.executable, __file__, "--inside", str(path), "--target", target]
+        arguments += ["--whole"] if whole else []
         subprocess.run([*arguments, "--make"], env=environment, check=True)
         done = subprocess.run(arguments, env=environment, check=True, capture_output=True, text=True)
         size = path.stat().st_size
@@ -162,14 +164,17 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"also write results/{RESULTS.name}")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--target", default="int4-uniform", help="of the whole compile [int4-uniform]")
+    parser.add_argument("--json", action="store_true", help="print what was measured as JSON")
     options = parser.parse_args()
     if options.make:
         write_file(options.inside)
     elif options.inside:
-        sys.stdout.write(json.dumps(measure(options.inside, options.whole)) + "\n")
+        sys.stdout.write(json.dumps(measure(options.inside, options.whole, options.target)) + "\n")
     else:
-        text = table([run(float(text), options.whole) for text in options.parameters.split(",")])
-        sys.stdout.write(text)
+        results = [run(float(text), options.whole, options.target) for text in options.parameters.split(",")]
+        text = table(results)
+        sys.stdout.write(json.dumps(results) + "\n" if options.json else text)
         if options.write:
             title = (
                 "# Compiling a safetensors file weight-only\n\nPeak resident memory above that of the libraries.\n\n"

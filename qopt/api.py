@@ -112,9 +112,10 @@ def load(
 
 def _source(path: Path) -> dict[str, Any]:
     """Facts about the user's file; its size counts where it is a float ONNX file, which the emitted one replaces."""
-    content = path.read_bytes()
-    size = {"bytes": len(content)} if identify(path) is Format.ONNX else {}
-    return {"file": path.name, "sha256": hashlib.sha256(content).hexdigest(), **size}
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    size = {"bytes": path.stat().st_size} if identify(path) is Format.ONNX else {}
+    return {"file": path.name, "sha256": digest, **size}
 
 
 def _needed(path: Path, shape: tuple[int, ...] | None) -> tuple[int, ...] | None:

@@ -103,7 +103,11 @@ class WeightOnly:
     _kept: int = field(default=CODES_KEPT, init=False)
 
     def weight(self, layer: Layer) -> Tensor:
-        """The float weight of a layer, in its stored orientation; perhaps the network's own, not to be changed."""
+        """The float weight of a layer, in its stored orientation; perhaps the network's own, not to be changed.
+
+        Of a file that weights stay in, the pages of other layers are given back.
+        """
+        release(self.prepared.model)
         stored = self.prepared.initializer(layer.initializer)
         return torch.from_numpy(stored if stored.flags.writeable and stored.dtype == np.float32 else stored.copy())
 
@@ -113,7 +117,6 @@ class WeightOnly:
         if key in self._weights:
             return self._weights[key]
         found = quantize_large(self.weight(layer), spec, layer.channel_axis, where=layer.name)
-        release(self.prepared.model)
         if layer.weights <= self._kept:
             self._kept -= layer.weights
             self._weights[key] = found

@@ -22,7 +22,7 @@ from qopt.errors import UnsupportedModelError
 from qopt.graph.model import Feeds
 from qopt.runtime.external import loadable, to_files
 from qopt.runtime.kernels import Kernels, session_and_kernels
-from qopt.runtime.session import run_feeds
+from qopt.runtime.session import open_session, run_feeds
 
 OLDEST: Final = 13
 """The first opset with scales per channel."""
@@ -31,12 +31,13 @@ CHANGED: Final = frozenset({"AveragePool", "GridSample", "GroupNormalization", "
 """Operators whose versions since 13 compute different things under one signature, some with one setting only."""
 
 
-def lower_opset(model: ir.Model, feeds: Feeds) -> ir.Model:
+def lower_opset(model: ir.Model, feeds: Feeds, *, lean: bool = False) -> ir.Model:
     """A copy at the oldest opset that provably means the same, or ``model`` itself where there is none.
 
     Args:
         model: at opset 13 or newer.
         feeds: inputs on which both must give the same outputs, bit for bit, with all optimisations of ONNX Runtime.
+        lean: compare in lean sessions instead, see `qopt.runtime.fresh.session_options`.
     """
     lowest = lowest_opset(model)
     if lowest >= model.opset_imports[""]:
@@ -46,7 +47,7 @@ def lower_opset(model: ir.Model, feeds: Feeds) -> ir.Model:
     domains = [onnx.helper.make_opsetid(domain, version) for domain, version in lowered.opset_imports.items()]
     lowered.ir_version = onnx.helper.find_min_ir_version_for(domains, ignore_unknown=True)
     with loadable(to_files(model)) as before, loadable(to_files(lowered)) as after:
-        return lowered if _same(before, after, feeds) else model
+        return lowered if _same(before, after, feeds, lean) else model
 
 
 def lowest_opset(model: ir.Model) -> int:
@@ -99,17 +100,19 @@ def _accepts(older: Any, newest: Any, old: Any, new: Any, values: Any) -> bool:
     return True
 
 
-def _same(model: bytes | Path, lowered: bytes | Path, feeds: Feeds) -> bool:
+def _same(model: bytes | Path, lowered: bytes | Path, feeds: Feeds, lean: bool) -> bool:
     """Whether ONNX takes the lowered file and ONNX Runtime makes the same of both."""
     try:
         onnx.checker.check_model(lowered, full_check=True)
-        (kernels, outputs), (others, lowers) = _run(model, feeds), _run(lowered, feeds)
+        (kernels, outputs), (others, lowers) = _run(model, feeds, lean), _run(lowered, feeds, lean)
         return kernels == others and all(map(_equal, outputs, lowers))
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, UnsupportedModelError):
         return False
 
 
-def _run(data: bytes | Path, feeds: Feeds) -> tuple[Kernels, list[Any]]:
+def _run(data: bytes | Path, feeds: Feeds, lean: bool) -> tuple[Kernels | None, list[Any]]:
+    if lean:
+        return None, run_feeds(open_session(data, lean=True), feeds)
     session, kernels = session_and_kernels(data)
     return kernels, run_feeds(session, feeds)
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from qopt.errors import UnsupportedModelError
 from qopt.graph.model import Feeds, Prepared
 from qopt.graph.names import values
+from qopt.graph.stored import is_outside, outside
 from qopt.seeds import derive
 
 Array = NDArray[np.float32]
@@ -34,14 +35,20 @@ class Runner:
     """
 
     def __init__(self, model: ir.Model) -> None:
-        size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+        inside = (v.const_value for v in model.graph.initializers.values() if not is_outside(v.const_value))
+        size = sum(tensor.nbytes for tensor in inside if tensor is not None)
         if size > _LARGEST_FILE:
             raise UnsupportedModelError("the weights are too large", expected="less than 2 GB", got=f"{size} bytes")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        content = ir.serde.serialize_model(model).SerializeToString()
+        content, folder = outside(model)
+        if folder is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            options.enable_cpu_mem_arena = False
+            options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         try:
             self._session: Any = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises a dozen unrelated types, and TypeErrors for bad UTF-8

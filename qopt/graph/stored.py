@@ -143,6 +143,11 @@ def outside(model: ir.Model) -> tuple[bytes, Path | None]:
     return ir.serde.serialize_model(copy).SerializeToString(), folders.pop()
 
 
+def stays_in_file(model: ir.Model) -> bool:
+    """Whether weights of the model lie in the user's file, and are never held as a whole."""
+    return any(is_outside(value.const_value) for value in model.graph.initializers.values())
+
+
 def is_outside(tensor: object) -> bool:
     """Whether `outside` leaves a tensor in its file."""
     return isinstance(tensor, StoredTensor) and tensor.nbytes >= SMALLEST

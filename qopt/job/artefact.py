@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import final
 
 import onnx
+import onnx_ir as ir
 import torch
 
 from qopt import __version__
-from qopt.emit import check_weight_only, emit, fused_layers, lower_opset
+from qopt.emit import check_structure, check_weight_only, check_weights, emit, fused_layers, lower_opset
 from qopt.errors import VerificationError
+from qopt.graph.stored import StoredTensor, outside
 from qopt.job.run import Run
 from qopt.measure.network import ArtefactClassifier, TwinClassifier, predictions
 from qopt.quantize import Applied, AppliedWeights
 from qopt.report.model import KernelFacts
 from qopt.runtime.external import DATA, LARGEST_FILE, MODEL, loadable, to_files
-from qopt.runtime.kernels import count_kernels
+from qopt.runtime.kernels import Kernels, count_kernels, kernels_in
 from qopt.runtime.session import Runner
 
 
@@ -58,6 +60,13 @@ def float_file(run: Run, *, largest: int = LARGEST_FILE) -> EmittedFile:
         return EmittedFile(parts[MODEL], _kernels(file), external=parts.get(DATA, b""))
 
 
+def float_size(model: ir.Model) -> int:
+    """Bytes of the graph and its weights as ONNX files, without writing them."""
+    graph, _ = outside(model)
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    return len(graph) + sum(tensor.nbytes for tensor in tensors if isinstance(tensor, StoredTensor))
+
+
 def float_artefact(run: Run) -> Artefact:
     """The prepared float network as a file, with its twin."""
     file = float_file(run)
@@ -73,6 +82,8 @@ def build_file(
 ) -> EmittedFile:
     """Emit, check and load. A file that quantizes weights alone is run against the same weights in float.
 
+    Of a streamed network each weight is compared by itself, and the operators are counted as the file has them.
+
     Raises:
         VerificationError: the emitted graph is invalid, or another one than it must be.
         PlanError: a format that the dialect asked for does not have.
@@ -86,12 +97,16 @@ def build_file(
         run.prepared, applied.quantized, metadata=metadata, layer_metadata=layer_metadata, dialect=run.options.dialect,
         memory=run.options.memory,
     )  # fmt: skip
-    parts = to_files(lower_opset(model, run.prepared.example), largest)
+    parts = to_files(lower_opset(model, run.prepared.example, lean=run.streamed), largest)
     with loadable(parts) as file:
         try:
             onnx.checker.check_model(file, full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise VerificationError("the emitted graph is not valid ONNX", got=str(error).splitlines()[0]) from error
+        if run.streamed:
+            check_structure(run.prepared, applied.quantized, model)
+            check_weights(run.prepared, applied.quantized, model)
+            return EmittedFile(parts[MODEL], _facts(kernels_in(file)), external=parts.get(DATA, b""))
         if not applied.quantized.activations and not applied.quantized.biases:
             check_weight_only(run.prepared, applied.quantized, model, file)
         return EmittedFile(parts[MODEL], _kernels(file), external=parts.get(DATA, b""))
@@ -127,5 +142,8 @@ def _kind(run: Run, applied: AppliedWeights) -> str:
 
 
 def _kernels(data: bytes | Path) -> KernelFacts:
-    kernels = count_kernels(data)
+    return _facts(count_kernels(data))
+
+
+def _facts(kernels: Kernels) -> KernelFacts:
     return KernelFacts(integer=kernels.integer, floating=kernels.float_, counts=kernels.counts)

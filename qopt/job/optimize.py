@@ -20,8 +20,9 @@ from qopt.graph.compare import TOLERANCE, matches_onnxruntime
 from qopt.graph.equalise import equalise
 from qopt.graph.model import Prepared
 from qopt.graph.prepare import prepare
+from qopt.graph.stored import give_back, release
 from qopt.hardware.targets import Target, parse_target
-from qopt.job.artefact import Artefact, EmittedFile, build_artefact, build_file, float_artefact, float_file
+from qopt.job.artefact import Artefact, EmittedFile, build_artefact, build_file, float_artefact, float_file, float_size
 from qopt.job.bundle import Bundle, environment
 from qopt.job.choose import Choice, choose
 from qopt.job.equalised import contest_equalisation, tries_equalisation
@@ -80,16 +81,18 @@ def optimize_model(task: Task, cache: Cache, progress: Progress) -> Bundle:
         clock("the same on the equalised network")
         on = replace(task, options=replace(task.options, equalisation="on"))
         run, choice = contest_equalisation(run, choice, lambda: start(on, cache, clock))
+    _let_go(run)
     clock("emit and check the file")
     sources, c_facts = c_sources(run, choice.applied) if "c" in task.emit else ({}, {})
     artefact, reference = _files(run, choice)
+    _let_go(run)
     clock("verify the file in a fresh process")
     verified = verify(run, choice.applied, artefact, reference)
     table = _measured(run, choice, verified.file, reference)
     row = next((r for r in table.rows if r.name == OURS), None) if table else None
     gates = threshold_gates(run, choice.facts)
     gates += [] if row is None else judge(task.options.active_gates, row)
-    float_bytes = task.source.get("bytes") or reference.size
+    float_bytes = task.source.get("bytes") or (reference.size if reference else float_size(run.prepared.model))
     report = build_report(run, choice, verified.file, table, gates, float_bytes, task.command)
     clock("")
     manifest = {
@@ -263,16 +266,26 @@ def _check_labels(data: Data, classes: int) -> None:
             raise DataError("labels out of range", where="--data", expected=f"0 to {classes - 1}", got=got)
 
 
-def _files(run: Run, choice: Choice) -> tuple[EmittedFile, EmittedFile]:
-    """The file and the float one; with images both with their twins."""
+def _let_go(run: Run) -> None:
+    """Give back what a streamed network no longer needs."""
+    if run.streamed:
+        release(run.prepared.model)
+        give_back()
+
+
+def _files(run: Run, choice: Choice) -> tuple[EmittedFile, EmittedFile | None]:
+    """The file and, but for a streamed network, the float one; with images both with their twins."""
     metadata = layer_metadata(choice)
+    if run.streamed:
+        run.left_out.append("latency and the kernels after fusion: weights stay in their file, and so do float ones")
+        return build_file(run, choice.applied, metadata), None
     if run.data is None:
         return build_file(run, choice.applied, metadata), float_file(run)
     assert isinstance(choice.applied, Applied)
     return build_artefact(run, choice.applied, metadata), float_artefact(run)
 
 
-def _measured(run: Run, choice: Choice, artefact: EmittedFile, reference: EmittedFile) -> Table | None:
+def _measured(run: Run, choice: Choice, artefact: EmittedFile, reference: EmittedFile | None) -> Table | None:
     """What was measured on images; None without."""
     if run.data is None:
         return None

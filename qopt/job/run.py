@@ -16,6 +16,7 @@ from qopt.cache import Cache, digest_arrays
 from qopt.config import Options
 from qopt.data import Data, Split
 from qopt.graph.model import Prepared
+from qopt.graph.stored import stays_in_file
 from qopt.hardware.cost_model import CostModel
 from qopt.hardware.targets import Target
 from qopt.measure.network import Normalisation, TwinClassifier
@@ -75,6 +76,11 @@ class Run:
         """What applies plans with the twin, which every network has that images are given for."""
         assert isinstance(self.weights, Quantizer)
         return self.weights
+
+    @property
+    def streamed(self) -> bool:
+        """Whether weights stay in their file: without images they are never held as a whole, nor is the result."""
+        return self.data is None and stays_in_file(self.prepared.model)
 
     @property
     def normalisation(self) -> Normalisation:

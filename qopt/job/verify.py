@@ -48,8 +48,11 @@ class Verified:
     latency: dict[str, dict[str, float]]
 
 
-def verify(run: Run, applied: AppliedWeights, file: EmittedFile, reference: EmittedFile) -> Verified:
+def verify(run: Run, applied: AppliedWeights, file: EmittedFile, reference: EmittedFile | None) -> Verified:
     """Check ``file`` as it ships against the quantized network, and time it against the float ``reference``.
+
+    A streamed network has none; its weights were compared one by one, so that the fresh process must compute what this
+    one does with the file, without folding, and nothing is timed.
 
     Report images where there are some, else the prepared network's example; at most `IMAGES` of them.
 
@@ -60,9 +63,10 @@ def verify(run: Run, applied: AppliedWeights, file: EmittedFile, reference: Emit
     """
     check_shipped(run.prepared, applied.quantized, file.data)
     feeds = _feeds(run)
-    expected = _expected(run, applied, feeds)
+    expected = _expected(run, applied, file, feeds)
     items = None if not run.prepared.image else run.prepared.batch or 1
-    found = run_fresh({"qopt": file.parts, "float": reference.parts}, feeds, items=items)
+    files = {"qopt": file.parts, **({"float": reference.parts} if reference is not None else {})}
+    found = run_fresh(files, feeds, items=items, lean=run.streamed)
     differs, allowed = _difference(found.outputs, expected, applied)
     if not differs <= allowed:
         raise VerificationError(
@@ -96,14 +100,15 @@ def _feeds(run: Run) -> Feeds:
     return {run.prepared.input: whole_batches(run.normalisation(images), run.prepared.batch).numpy()}
 
 
-def _expected(run: Run, applied: AppliedWeights, feeds: Feeds) -> Sequence[NDArray[Any]]:
+def _expected(run: Run, applied: AppliedWeights, file: EmittedFile, feeds: Feeds) -> Sequence[NDArray[Any]]:
     """The outputs of the quantized graph: of the twin where there is one, else of the same weights in float."""
     if isinstance(applied, Applied):
         with torch.no_grad():
             logits: torch.Tensor = applied.graph(torch.from_numpy(feeds[run.prepared.input]))
         return [logits.numpy()]
-    with loadable(to_files(dequantized(run.prepared, applied.quantized))) as source:
-        return run_feeds(open_session(source), feeds)
+    parts = file.parts if run.streamed else to_files(dequantized(run.prepared, applied.quantized))
+    with loadable(parts) as source:
+        return run_feeds(open_session(source, lean=run.streamed), feeds)
 
 
 def _difference(got: Sequence[NDArray[Any]], expected: Sequence[Any], applied: AppliedWeights) -> tuple[float, float]:
@@ -120,7 +125,7 @@ def _rounded_up(differs: float) -> float:
 
 
 def _latency(run: Run, feeds: Feeds, found: FreshRun) -> dict[str, dict[str, float]]:
-    if run.prepared.batch is not None:
+    if run.prepared.batch is not None or run.streamed:
         return {}
     count = 1 if run.prepared.image else (*feeds[run.prepared.input].shape, 1)[0]
     return {str(count): {name: round(found.seconds[name], 9) for name in ("float", "qopt")}}

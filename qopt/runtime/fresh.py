@@ -25,8 +25,12 @@ MOST_ROUNDS: Final = 50
 FEWEST_ROUNDS: Final = 3
 
 
-def session_options(threads: int = 1, optimized: Path | None = None) -> Any:
-    """Options of a quiet CPU session; ``optimized`` names a file that receives the optimised graph."""
+def session_options(threads: int = 1, optimized: Path | None = None, *, lean: bool = False) -> Any:
+    """Options of a quiet CPU session; ``optimized`` names a file that receives the optimised graph.
+
+    A ``lean`` session folds and packs nothing and gives memory back at once: it runs the nodes as the file has them,
+    and never holds all weights in float.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
@@ -34,14 +38,19 @@ def session_options(threads: int = 1, optimized: Path | None = None) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # DequantizeLinear + MatMul becomes MatMulNBits, which by default quantizes activations to int8 unasked.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if lean:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+        options.enable_cpu_mem_arena = False
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     return options
 
 
-def open_file(path: Path, optimized: Path | None = None) -> Any:
+def open_file(path: Path, optimized: Path | None = None, *, lean: bool = False) -> Any:
     """A session of the file at ``path`` on one thread."""
-    options = session_options(optimized=optimized)
+    options = session_options(optimized=optimized, lean=lean)
     if optimized is not None:
         entries = {"file_name": f"{optimized.name}.data", "min_size_in_bytes": "1024"}
         for key, value in entries.items():
@@ -74,18 +83,23 @@ def time_round(calls: Mapping[str, Callable[[], object]], best: dict[str, float]
 
 
 def main(folder: Path) -> None:
-    """Do the job in ``folder``: the first file is checked, all are timed on the first ``items`` of every input."""
+    """Do the job in ``folder``: the first file is checked, all are timed on the first ``items`` of every input.
+
+    A ``lean`` job checks in a lean session and times nothing.
+    """
     job = json.loads((folder / "job.json").read_text())
     with np.load(folder / "inputs.npz", allow_pickle=False) as stored:
         feeds = {name: stored[f"input_{number}"] for number, name in enumerate(job["inputs"])}
     first = {name: array[: job["items"]] if job["items"] else array for name, array in feeds.items()}
     calls: dict[str, Any] = {}
     for number, (name, file) in enumerate(job["files"].items()):
-        session = open_file(folder / file, None if number else folder / OPTIMIZED)
+        session = open_file(folder / file, None if number or job["lean"] else folder / OPTIMIZED, lean=job["lean"])
         wanted = [value.name for value in session.get_inputs()]
         if not number:
             outputs = flat(session.run(None, {key: feeds[key] for key in wanted}))
             np.savez(folder / "outputs.npz", **{f"output_{i}": array for i, array in enumerate(outputs)})
+        if job["lean"]:
+            break
         calls[name] = partial(session.run, None, {key: first[key] for key in wanted})
         calls[name]()
     loaded = sorted({name.partition(".")[0] for name in sys.modules} & set(job["watched"]))

@@ -57,10 +57,16 @@ def session_and_kernels(model: bytes | Path) -> tuple[ort.InferenceSession, Kern
     """A session of ``model`` and the operators that it will run; raises as `count_kernels`."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
-        return open_session(model, optimized=path), kernels_of(path)
+        return open_session(model, optimized=path), kernels_in(path)
 
 
-def kernels_of(optimized: Path) -> Kernels:
-    """The operators of a graph that ONNX Runtime has optimised; data beside it are not read."""
-    graph = onnx.load(optimized, load_external_data=False).graph
+def kernels_in(model: bytes | Path) -> Kernels:
+    """The operators of a file as it is; data beside it are not read."""
+    if isinstance(model, Path):
+        return _counted(onnx.load(model, load_external_data=False))
+    return _counted(onnx.load_model_from_string(model))
+
+
+def _counted(model: onnx.ModelProto) -> Kernels:
+    graph = model.graph
     return Kernels(dict(sorted(Counter(node.op_type for node in graph.node).items())))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from qopt.errors import VerificationError
 from qopt.runtime import fresh
-from qopt.runtime.kernels import Kernels, kernels_of
+from qopt.runtime.kernels import Kernels, kernels_in
 
 TIMED: Final = 0.3
 """Seconds for which files are run in turn to find the shortest time of each; three rounds at least."""
@@ -52,6 +52,7 @@ def run_fresh(
     *,
     items: int | None,
     seconds: float = TIMED,
+    lean: bool = False,
 ) -> FreshRun:
     """Load ``files`` in one fresh process, run the first on ``feeds`` and time all of them.
 
@@ -60,6 +61,8 @@ def run_fresh(
         feeds: inputs by name.
         items: how many items of each input's first axis a timed run takes; None for all.
         seconds: how long to time.
+        lean: run the first in a lean session, see `session_options`: kernels are those of the file as it is, and
+            nothing is timed.
 
     Raises:
         VerificationError: the process fails, whatever kills it, or loads what the file must not need.
@@ -71,7 +74,7 @@ def run_fresh(
         np.savez(folder / "inputs.npz", **arrays)
         job = {
             "files": {network: str(path.relative_to(folder)) for network, path in paths.items()},
-            "inputs": list(feeds), "items": items or 0, "seconds": seconds, "watched": list(FOREIGN),
+            "inputs": list(feeds), "items": items or 0, "seconds": seconds, "lean": lean, "watched": list(FOREIGN),
         }  # fmt: skip
         (folder / "job.json").write_text(json.dumps(job))
         _start(folder)
@@ -83,7 +86,8 @@ def run_fresh(
         with np.load(folder / "outputs.npz", allow_pickle=False) as stored:
             outputs = tuple(stored[f"output_{i}"] for i in range(len(stored.files)))
         sizes = {network: sum(p.stat().st_size for p in path.parent.iterdir()) for network, path in paths.items()}
-        return FreshRun(outputs, kernels_of(folder / fresh.OPTIMIZED), sizes, found["seconds"])
+        run = next(iter(paths.values())) if lean else folder / fresh.OPTIMIZED
+        return FreshRun(outputs, kernels_in(run), sizes, found["seconds"])
 
 
 def _write(folder: Path, parts: Mapping[str, bytes]) -> Path:

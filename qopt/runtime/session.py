@@ -31,13 +31,17 @@ def to_bytes(model: ir.Model) -> bytes:
     return bytes(proto.SerializeToString(deterministic=True))
 
 
-def open_session(model: bytes | Path, *, threads: int = 1, optimized: Path | None = None) -> ort.InferenceSession:
-    """A CPU session with all graph optimisations; ``optimized`` names a file that receives the optimised graph.
+def open_session(
+    model: bytes | Path, *, threads: int = 1, optimized: Path | None = None, lean: bool = False
+) -> ort.InferenceSession:
+    """A CPU session with all graph optimisations, or a lean one, see `session_options`.
+
+    ``optimized`` names a file that receives the optimised graph.
 
     Raises:
         UnsupportedModelError: ONNX Runtime refuses the graph.
     """
-    options = session_options(threads, optimized)
+    options = session_options(threads, optimized, lean=lean)
     source = model if isinstance(model, bytes) else str(model)
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
