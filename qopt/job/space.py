@@ -13,9 +13,8 @@ from qopt.data import Split
 from qopt.graph.model import Layer
 from qopt.hardware.cost_model import LayerDescription
 from qopt.job.run import Run
-from qopt.lipschitz import moment_root
 from qopt.measure.divergence import Probe, layer_sensitivities
-from qopt.measure.norms import candidate_norms, layer_norms, weighted_error
+from qopt.measure.norms import candidate_norms, layer_norms, weighted_errors
 from qopt.passes.base import Pipeline
 from qopt.passes.observe_moments import ObserveMoments
 from qopt.quantize import whole_batches
@@ -46,11 +45,11 @@ def build_space(run: Run, formats: tuple[WeightSpec, ...], *, measured: bool) ->
     are squared relative errors of the weights.
     """
     candidates = capable(run, formats)
-    roots = _moment_roots(run) if measured and run.data is not None else {}
+    moments = _moments(run) if measured and run.data is not None else {}
     sensitivities = _sensitivities(run, candidates) if measured and run.data is not None else {}
     run.progress("norms of every candidate")
     layers = tuple(
-        _layer_space(run, layer, candidates[layer.name], roots, sensitivities)
+        _layer_space(run, layer, candidates[layer.name], moments.pop(layer.name, None), sensitivities)
         for layer in run.prepared.layers
     )  # fmt: skip
     return Space(layers, run.target.limits)
@@ -76,12 +75,13 @@ def _layer_space(
     run: Run,
     layer: Layer,
     formats: tuple[WeightSpec, ...],
-    roots: Mapping[str, Tensor],
+    moment: Tensor | None,
     sensitivities: Sensitivities,
 ) -> LayerSpace:
     norm, row_norm = layer_norms(run.weights, layer, run.cache)
     candidates = []
-    for spec in formats:
+    weighted = [None] * len(formats) if moment is None else weighted_errors(run.weights, layer, formats, moment)
+    for spec, weighted_error in zip(formats, weighted, strict=True):
         norm_q, error, row_error = candidate_norms(run.weights, layer, spec, run.cache)
         cost = price(run, layer, spec)
         relative = error.value / norm.value if norm.value > 0 else 0.0
@@ -93,7 +93,7 @@ def _layer_space(
                 norm=norm_q,
                 error=error,
                 row_error=row_error,
-                weighted=weighted_error(run.weights, layer, spec, roots),
+                weighted=weighted_error,
                 sensitivity=sensitivities.get((layer.name, spec), relative**2),
             )
         )
@@ -152,6 +152,6 @@ def input_moments(run: Run, *, centred: bool) -> dict[str, Tensor]:
     return observe.moments
 
 
-def _moment_roots(run: Run) -> dict[str, Tensor]:
+def _moments(run: Run) -> dict[str, Tensor]:
     run.progress("second moments of layer inputs")
-    return {layer: moment_root(moment) for layer, moment in input_moments(run, centred=False).items()}
+    return input_moments(run, centred=False)

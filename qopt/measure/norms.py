@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,16 @@ from torch import Tensor
 
 from qopt.cache import Cache, digest_arrays
 from qopt.graph.model import Layer
-from qopt.lipschitz import NormBound, as_matrix, max_row_sum, ratio, reshaped_l2, streamed_norms, weighted_l2
+from qopt.lipschitz import (
+    NormBound,
+    as_matrix,
+    max_row_sum,
+    moment_root,
+    ratio,
+    reshaped_l2,
+    streamed_norms,
+    weighted_l2,
+)
 from qopt.quantize import WeightOnly
 from qopt.spec import WeightSpec
 
@@ -52,17 +61,17 @@ def code_norms(layer: Layer, weight: Tensor, quantized: Tensor) -> tuple[NormBou
     return _pair(layer, quantized)[0], error, rows
 
 
-def weighted_error(
-    quantizer: WeightOnly, layer: Layer, spec: WeightSpec, roots: Mapping[str, Tensor]
-) -> NormBound | None:
-    """``||dW C^(1/2)||_2 / ||W C^(1/2)||_2``, or None for a layer without an entry in ``roots``."""
-    root = roots.get(layer.name)
-    if root is None:
-        return None
-    weight = quantizer.weight(layer).double()
-    error = weight - quantizer.quantized_weight(layer, spec).dequantize().double()
-    axis, groups, name = layer.channel_axis, layer.groups, layer.name
-    return ratio(*(weighted_l2(matrix, root, axis, groups, where=name) for matrix in (error, weight)))
+def weighted_errors(
+    quantizer: WeightOnly, layer: Layer, formats: Sequence[WeightSpec], moment: Tensor
+) -> list[NormBound]:
+    """``||dW C^(1/2)||_2 / ||W C^(1/2)||_2`` in each format; C is ``moment``, (groups, columns, columns)."""
+    weight, root = quantizer.weight(layer).double(), moment_root(moment)
+
+    def norm(matrix: Tensor) -> NormBound:
+        return weighted_l2(matrix, root, layer.channel_axis, layer.groups, where=layer.name)
+
+    whole = norm(weight)
+    return [ratio(norm(weight - quantizer.quantized_weight(layer, s).dequantize().double()), whole) for s in formats]
 
 
 def _is_large(layer: Layer) -> bool:

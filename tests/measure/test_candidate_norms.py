@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from qopt.cache import Cache
 from qopt.graph.model import Layer
-from qopt.lipschitz import NormBound, moment_root
-from qopt.measure.norms import candidate_norms, layer_norms, weighted_error
+from qopt.lipschitz import NormBound
+from qopt.measure.norms import candidate_norms, layer_norms, weighted_errors
 from qopt.passes.observe_moments import ObserveMoments
 from qopt.quantize import Quantizer
 from qopt.spec import WeightSpec
@@ -84,17 +84,10 @@ def test_the_weighted_error(
 
     weight = _blocks(layer, quantizer.weight(layer))
     error = weight - _blocks(layer, quantizer.quantized_weight(layer, spec).dequantize())
-    roots = {key: moment_root(moment) for key, moment in observe.moments.items()}
-    found = weighted_error(quantizer, layer, spec, roots)
-    assert found is not None
+    (found,) = weighted_errors(quantizer, layer, [spec], observe.moments[name])
     # the root of a moment of few images is exact to the square root of rounding
     assert found.value == pytest.approx(norm(error) / norm(weight), rel=1e-5)
     assert found.upper - found.lower <= 1e-4
-
-
-def test_a_layer_without_moments_has_no_weighted_error(networks: dict[str, Quantizer]) -> None:
-    quantizer = networks["conv"]
-    assert weighted_error(quantizer, quantizer.prepared.layers[0], SPECS[0], {}) is None
 
 
 def test_the_cache_gives_back_what_was_computed(networks: dict[str, Quantizer], tmp_path: Path) -> None:
