@@ -42,7 +42,11 @@ class FGSM:
         *,
         seed: int,
         indices: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> AttackResult:
-        """Attack ``images`` (n, ...), float32 in [0, 1]; there is no chance in it, so the seed changes nothing."""
+        """Attack ``images`` (n, ...), float32 in [0, 1]; there is no chance in it, so the seed changes nothing.
+
+        With ``targets`` (n,), classes, the prediction is to become those (`ascend`).
+        """
         options = Ascent(steps=1, step=threat.eps, loss=self.loss, batch_size=self.batch_size)
-        return ascend(model, images, labels, threat, options, seed=seed, indices=indices)
+        return ascend(model, images, labels, threat, options, seed=seed, indices=indices, targets=targets)

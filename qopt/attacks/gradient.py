@@ -1,41 +1,29 @@
-"""The core of all attacks by gradient ascent: losses, input gradients, and the loop over the images not yet fooled."""
+"""The core of all attacks by gradient ascent: its options, and the loop over the images that are not done yet."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Literal, final
+from math import isfinite
+from typing import final
 
 import torch
 from torch import Tensor
 
 from qopt.attacks.attack import AttackResult, Classifier
-from qopt.attacks.ball import direction, project, random_start
-from qopt.attacks.score import BATCH_SIZE, accuracy_vector, check_labels, predict
+from qopt.attacks.ball import Ball, Start, direction, mean_length_one, start
+from qopt.attacks.input_gradients import input_gradient, reached, reached_and_gradient, unusable
+from qopt.attacks.losses import LOSSES, Goal, LossName, Misclassified, cross_entropy, dlr, margin
+from qopt.attacks.score import BATCH_SIZE, check_labels, predict
 from qopt.errors import DataError, UsageError
 from qopt.threat import ThreatModel
 
-LossName = Literal["cross_entropy", "margin"]
+__all__ = [
+    "LOSSES", "Ascent", "LossName", "aim", "ascend", "check_indices", "check_options", "check_positive", "climb",
+    "cross_entropy", "dlr", "input_gradient", "margin", "unusable",
+]  # fmt: skip
 
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-odds against the label, (n,): ``log sum_{j != y} exp z_j - z_y``, for logits (n, classes), labels (n,).
-
-    Cross-entropy is its softplus, so their gradients differ by one positive factor per image, which no attack here
-    keeps; that factor, ``1 - p_y``, is zero in float32 from a lead of 17 on, and takes the whole gradient with it.
-    """
-    return _others(logits, labels).logsumexp(1) - _own(logits, labels)
-
-
-def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """``max_{j != y} z_j - z_y``, (n,): positive exactly where the prediction is wrong (Carlini & Wagner 2017, f_6)."""
-    return _others(logits, labels).amax(1) - _own(logits, labels)
-
-
-LOSSES: Mapping[LossName, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType(
-    {"cross_entropy": cross_entropy, "margin": margin}
-)
+HELD = 8
+"""Batches whose images are worked on together: as images leave, the rest still fills whole batches."""
 
 
 @final
@@ -47,8 +35,9 @@ class Ascent:
         steps: gradient steps of each run, at least 1.
         step: their length in the norm of the threat model, larger than 0.
         loss: what the steps raise.
-        random_start: start at a random point of the ball; otherwise at the clean image.
-        restarts: runs from different random starts, at least 1; more than 1 needs a random start.
+        start: where a run starts: ``clean``, ``ball`` (anywhere in it) or ``halfway`` out.
+        restarts: runs from different random starts, at least 1; more than 1 needs one.
+        decay: share of the summed gradients that the next step keeps (momentum), 0 or larger; None for none at all.
         compact: an image leaves as soon as it is fooled. Otherwise every run takes all its steps, and the last fooling
             image is returned: what mean distortions in the literature describe, and what transfers to other models.
         batch_size: images per forward pass.
@@ -57,8 +46,9 @@ class Ascent:
     steps: int
     step: float
     loss: LossName = "cross_entropy"
-    random_start: bool = False
+    start: Start = "clean"
     restarts: int = 1
+    decay: float | None = None
     compact: bool = True
     batch_size: int = BATCH_SIZE
 
@@ -72,6 +62,21 @@ def check_options(attack: str, loss: str, **counts: int) -> None:
             raise UsageError(f"{option} must be a whole number, 1 or larger", where=attack, got=repr(count))
 
 
+def check_positive(attack: str, **numbers: float | None) -> None:
+    """Raise UsageError unless every one of ``numbers`` is finite and larger than 0, or None; ``attack`` is at fault."""
+    for option, number in numbers.items():
+        if number is not None and not (isfinite(number) and number > 0):
+            raise UsageError(f"{option} must be a finite number larger than 0", where=attack, got=repr(number))
+
+
+def check_indices(indices: Tensor | None, n: int) -> Tensor:
+    """The images' numbers (n,), by default 0..n-1; raises DataError where they are not one per image."""
+    numbers = torch.arange(n) if indices is None else indices
+    if numbers.shape != (n,):
+        raise DataError("indices must number the images", expected=f"{n}", got=f"{tuple(numbers.shape)}")
+    return numbers
+
+
 def ascend(
     model: Classifier,
     images: Tensor,
@@ -81,131 +86,168 @@ def ascend(
     *,
     seed: int,
     indices: Tensor | None,
+    targets: Tensor | None = None,
 ) -> AttackResult:
     """Attack ``images`` (n, ...), float32 in [0, 1], with ``labels`` (n,), within ``threat``.
 
-    Images the model gets wrong are returned as they are, and so is everything at eps = 0. ``fooled`` is what
-    `accuracy_vector` says of the returned images, whatever happened on the way. Parameters of the model are not
-    touched. The result depends on ``batch_size`` only through the rounding of the model's own arithmetic.
+    With ``targets`` (n,), classes, the loss towards them is raised, and an image is fooled where the prediction is its
+    target. Images that are fooled from the start are returned as they are, and so is everything at eps = 0.
+    ``fooled`` is what `predict` says of the returned images, whatever happened on the way. Parameters of the model are
+    not touched. The result depends on ``batch_size`` only through the rounding of the model's own arithmetic.
 
     Raises:
-        DataError: images, labels or indices do not fit.
+        DataError: images, labels, targets or indices do not fit.
         ModelError: the output is no finite matrix of logits.
     """
     logits = predict(model, images, options.batch_size)
-    labels = check_labels(labels, len(images), logits.shape[1])
-    numbers = torch.arange(len(images)) if indices is None else indices
-    if numbers.shape != labels.shape:
-        raise DataError("indices must number the images", expected=f"{len(images)}", got=f"{tuple(numbers.shape)}")
-    targets = (logits.argmax(1) == labels).nonzero().flatten()
+    goal = aim(labels, targets, logits, options.loss)
+    numbers = check_indices(indices, len(images))
+    rows = (~goal.reached(logits)).nonzero().flatten()
+    adversarial = climb(model, images, rows, goal, threat, options, seed=seed, numbers=numbers)
+    return AttackResult(adversarial, goal.reached(predict(model, adversarial, options.batch_size)))
+
+
+def aim(labels: Tensor, targets: Tensor | None, logits: Tensor, loss: LossName = "margin") -> Misclassified:
+    """The goal of an attack on images with ``logits`` (n, classes) on the clean ones.
+
+    Raises:
+        DataError: labels or targets do not fit.
+    """
+    labels = check_labels(labels, *logits.shape)
+    if targets is None:
+        return Misclassified(labels, loss)
+    return Misclassified(check_labels(targets, *logits.shape), loss, targeted=True)
+
+
+def climb(
+    model: Classifier,
+    images: Tensor,
+    rows: Tensor,
+    goal: Goal,
+    threat: ThreatModel,
+    options: Ascent,
+    *,
+    seed: int,
+    numbers: Tensor,
+) -> Tensor:
+    """``images`` (n, ...) with those named in ``rows`` (m,) replaced by what the attack makes of them.
+
+    That is the last image on the way that reached the goal, or else the one at which the last run ended. ``goal`` and
+    ``numbers`` are about all n images.
+    """
     with torch.inference_mode(False):  # under a caller's inference mode there would be no gradients, silently
         adversarial = images.detach().clone()
-        if threat.eps > 0 and len(targets):
-            for chunk in torch.split(targets, options.batch_size):
-                starts = _Starts(adversarial[chunk], numbers[chunk.to(numbers.device)], threat, seed, options)
-                adversarial[chunk] = _attack(model, starts, labels[chunk])
-    return AttackResult(adversarial, ~accuracy_vector(model, adversarial, labels, options.batch_size))
-
-
-def input_gradient(model: Classifier, images: Tensor, labels: Tensor, loss: LossName) -> Tensor:
-    """Gradient, like ``images`` (n, ...), of each image's loss with respect to its pixels, as autograd gives it."""
-    with torch.inference_mode(False), torch.enable_grad():
-        tracked = images.detach().clone().requires_grad_()
-        return _gradient(model(tracked), tracked, labels.clone(), loss)
-
-
-def unusable(gradient: Tensor) -> Tensor:
-    """Bool (n,): whether an image's gradient, of (n, ...), is zero everywhere or not finite somewhere."""
-    rows = gradient.flatten(1)
-    return (rows == 0).all(1) | ~rows.isfinite().all(1)
+        if threat.eps > 0:
+            for part in torch.split(rows, HELD * options.batch_size):
+                own = numbers[part.to(numbers.device)]
+                clean = _Clean(adversarial[part], own, threat, seed, options)
+                adversarial[part] = _attack(model, clean, goal.at(part.clone()))
+    return adversarial
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class _Starts:
-    """The clean images of one batch and what its runs start from."""
+class _Clean:
+    """Clean images and what their runs start from."""
 
-    clean: Tensor
+    images: Tensor
     numbers: Tensor
     threat: ThreatModel
     seed: int
     options: Ascent
 
-    def of(self, rows: Tensor, restart: int) -> Tensor:
-        clean = self.clean[rows]
-        if not self.options.random_start:
-            return clean
+    def starts(self, rows: Tensor, restart: int) -> Tensor:
         numbers = self.numbers[rows.to(self.numbers.device)]
-        return random_start(clean, self.threat, seed=self.seed, indices=numbers, restart=restart)
+        clean = self.images[rows]
+        return start(self.options.start, clean, self.threat, seed=self.seed, indices=numbers, restart=restart)
 
 
-def _attack(model: Classifier, starts: _Starts, labels: Tensor) -> Tensor:
-    """All restarts on one batch of images that the model gets right; returns the adversarial images."""
-    best = starts.clean.clone()
-    fooled = torch.zeros_like(labels, dtype=torch.bool)
-    everything = torch.arange(len(labels), device=labels.device)
-    for restart in range(starts.options.restarts):
-        rows = everything[~fooled] if starts.options.compact else everything
+def _attack(model: Classifier, clean: _Clean, goal: Goal) -> Tensor:
+    """All restarts on images that have not reached their goal; returns the adversarial images."""
+    options = clean.options
+    best = clean.images.clone()
+    done = torch.zeros(len(best), dtype=torch.bool, device=best.device)
+    for restart in range(options.restarts):
+        rows = (~done).nonzero().flatten() if options.compact else torch.arange(len(done), device=done.device)
         if not len(rows):
             break
-        images, success = _run(model, starts.of(rows, restart), starts.clean[rows], labels[rows], starts)
-        taken = success | ~fooled[rows]
-        best[rows[taken]] = images[taken]
-        fooled[rows] |= success
+        around = Ball.around(clean.images[rows], clean.threat)
+        run = _Run.begin(clean.starts(rows, restart), around, goal.at(rows), options)
+        run.climb(model, options, ask=not options.compact or restart < options.restarts - 1)
+        taken = run.done | ~done[rows]
+        best[rows[taken]] = run.result[taken]
+        done[rows] |= run.done
     return best
 
 
-def _run(model: Classifier, images: Tensor, clean: Tensor, labels: Tensor, starts: _Starts) -> tuple[Tensor, Tensor]:
-    """One run from ``images``: the last fooling image of each, or else the last one, and whether it fooled."""
-    options, threat = starts.options, starts.threat
-    result, fooled = images.clone(), torch.zeros_like(labels, dtype=torch.bool)
-    active = torch.arange(len(labels), device=labels.device)
-    for step in range(options.steps + 1):
-        tracked = images.detach().requires_grad_()
-        with torch.set_grad_enabled(step < options.steps):
-            logits = model(tracked)
-        wrong = logits.detach().argmax(1) != labels
-        result[active[wrong]] = images[wrong]
-        fooled[active[wrong]] = True
-        if step == options.steps or (options.compact and wrong.all()):
-            break
-        gradient = _usable_gradient(model, logits, tracked, labels, options.loss)
-        # Without a gradient an image stays where it is for ever, so it need not be asked again.
-        going = gradient.flatten(1).any(1) & ~wrong if options.compact else gradient.flatten(1).any(1)
-        if not going.all():
-            stuck = ~going & ~fooled[active]
-            result[active[stuck]] = images[stuck]
-            images, clean, labels, active, gradient = (t[going] for t in (images, clean, labels, active, gradient))
-        if not len(active):
-            break
-        images = project(images + options.step * direction(gradient, images, threat.norm), clean, threat)
-    missed = ~fooled[active]
-    result[active[missed]] = images[missed]
-    return result, fooled
+@final
+@dataclass(eq=False)
+class _Run:
+    """One run on n images, of which m are still ``active``.
 
+    Attributes:
+        result: of all n the last image that reached the goal, or else the last one; ``done``: whether it did.
+        active: which these are, (m,).
+        images: where they are, in the ``ball`` and with the ``goal`` of each.
+        pushed: the sum of their gradients, or None.
+    """
 
-def _usable_gradient(model: Classifier, logits: Tensor, tracked: Tensor, labels: Tensor, loss: LossName) -> Tensor:
-    """The gradient of ``loss``; of the margin for images where that is zero or not finite; else zero."""
-    gradient = _gradient(logits, tracked, labels, loss)
-    dead = unusable(gradient)
-    if loss != "margin" and dead.any():
-        gradient[dead] = input_gradient(model, tracked[dead], labels[dead], "margin")
-    return torch.where(gradient.isfinite(), gradient, 0.0)
+    result: Tensor
+    done: Tensor
+    active: Tensor
+    images: Tensor
+    ball: Ball
+    goal: Goal
+    pushed: Tensor | None
 
+    @staticmethod
+    def begin(images: Tensor, ball: Ball, goal: Goal, options: Ascent) -> _Run:
+        active = torch.arange(len(images), device=images.device)
+        pushed = None if options.decay is None else torch.zeros_like(images)
+        return _Run(images.clone(), torch.zeros_like(active, dtype=torch.bool), active, images, ball, goal, pushed)
 
-def _gradient(logits: Tensor, tracked: Tensor, labels: Tensor, loss: LossName) -> Tensor:
-    """Zero where no gradient leads from the logits to the images at all: a finding for the masking rules, no error."""
-    if not logits.requires_grad:
-        return torch.zeros_like(tracked)
-    with torch.enable_grad():
-        total = LOSSES[loss](logits.double(), labels).sum()
-    (gradient,) = torch.autograd.grad(total, tracked, allow_unused=True)
-    return torch.zeros_like(tracked) if gradient is None else gradient
+    def climb(self, model: Classifier, options: Ascent, *, ask: bool) -> None:
+        """All steps; ``ask``: whether the last one reached the goal is to be known."""
+        for _ in range(options.steps):
+            found, gradient = reached_and_gradient(
+                model, self.images, self.goal, options.batch_size, compact=options.compact
+            )
+            self._note(found)
+            gradient = self._with_momentum(gradient, options)
+            # Without a gradient an image stays where it is for ever, so it need not be asked again.
+            going = gradient.flatten(1).abs().amax(1) > 0
+            if options.compact:
+                going &= ~found
+            if not going.all():
+                gradient = self._keep(going, gradient)
+            if not len(self.active):
+                return
+            step = direction(gradient, self.images, self.ball.threat.norm)
+            self.images = self.ball.project(self.images.add(step, alpha=options.step))
+        if ask:
+            self._note(reached(model, self.images, self.goal, options.batch_size))
+        self._settle(torch.ones_like(self.active, dtype=torch.bool))
 
+    def _note(self, found: Tensor) -> None:
+        rows = self.active[found]
+        self.result[rows] = self.images[found]
+        self.done[rows] = True
 
-def _own(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.gather(1, labels[:, None]).squeeze(1)
+    def _settle(self, which: Tensor) -> None:
+        """Those among ``which`` that never reached the goal end where they are."""
+        missed = which & ~self.done[self.active]
+        self.result[self.active[missed]] = self.images[missed]
 
+    def _keep(self, going: Tensor, gradient: Tensor) -> Tensor:
+        self._settle(~going)
+        rows = going.nonzero().flatten()
+        self.images, self.active = self.images.index_select(0, rows), self.active[rows]
+        self.ball, self.goal = self.ball.at(rows), self.goal.at(rows)
+        self.pushed = None if self.pushed is None else self.pushed.index_select(0, rows)
+        return gradient.index_select(0, rows)
 
-def _others(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.scatter(1, labels[:, None], -torch.inf)
+    def _with_momentum(self, gradient: Tensor, options: Ascent) -> Tensor:
+        if self.pushed is None or options.decay is None:
+            return gradient
+        self.pushed = mean_length_one(gradient).add_(self.pushed, alpha=options.decay)
+        return self.pushed

@@ -1,68 +1,71 @@
-"""Signs that a model's robustness is not its own but its gradients' fault (Athalye et al. 2018, Carlini et al. 2019).
+"""Signs that a model's robustness is not its own but its gradients' fault: the verdict, and what rules are measured by.
 
-Every rule is a pure function of what was measured, and has a function that measures it. A model with any rule
-triggered is masked: the attacks by gradient did not work on it, so what they report is no robustness.
+The rules are pure functions of what was measured, in `masking_rules`. A model with any rule triggered is masked: the
+attacks by gradient did not work on it, so what they report is no robustness.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import sqrt
-from typing import Literal, final
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from qopt.attacks.attack import Attack, Classifier
 from qopt.attacks.gradient import input_gradient, unusable
+from qopt.attacks.masking_rules import (
+    DEAD_SHARE,
+    Finding,
+    accuracy_rises,
+    iterative_weaker,
+    losses_disagree,
+    noise_as_strong,
+    not_converged,
+    queries_nearer,
+    queries_stronger,
+    transfer_stronger,
+    unbounded_attack,
+    zero_gradients,
+)
 from qopt.attacks.pgd import PGD
 from qopt.attacks.score import BATCH_SIZE, accuracy_vector, check_images, check_labels, predict, worst_case
 from qopt.errors import DataError
 from qopt.threat import ThreatModel
 
+__all__ = [
+    "DEAD_SHARE",
+    "Finding",
+    "Verdict",
+    "accuracy_rises",
+    "dead_gradients",
+    "iterative_weaker",
+    "losses_disagree",
+    "noise_as_strong",
+    "not_converged",
+    "queries_nearer",
+    "queries_stronger",
+    "transfer_stronger",
+    "transferred_correct",
+    "unbounded_attack",
+    "unbounded_correct",
+    "verdict",
+    "zero_gradients",
+]
+
 Verdict = Literal["none", "masked"]
-
-DEAD_SHARE = 0.01
-"""Share of images without a usable gradient that is still put down to chance: trained networks have none or few."""
-
-
-@final
-@dataclass(frozen=True)
-class Finding:
-    """What one rule found.
-
-    Attributes:
-        rule: its name.
-        triggered: whether it says that gradients are masked.
-        numbers: what it compared; shares in [0, 1], except for ``images``, the number of images.
-        tolerance: how far beyond the expected share it still puts down to chance, a share in [0, 1].
-        text: one sentence with the numbers.
-    """
-
-    rule: str
-    triggered: bool
-    numbers: Mapping[str, float]
-    tolerance: float
-    text: str
 
 
 def verdict(findings: Sequence[Finding]) -> Verdict:
-    """``masked`` where any rule was triggered.
+    """``masked`` where any rule was triggered that is more than a warning.
 
     Raises:
-        DataError: there are no findings; nothing checked is not the same as nothing found.
+        DataError: there are no findings but warnings; nothing checked is not the same as nothing found.
     """
-    if not findings:
+    rules = [finding for finding in findings if not finding.warning]
+    if not rules:
         raise DataError("no masking rule was measured", fix="measure at least one before giving a verdict")
-    return "masked" if any(finding.triggered for finding in findings) else "none"
-
-
-def zero_gradients(dead: Tensor) -> Finding:
-    """Rule 1: more than 1 % of the images have no usable gradient; ``dead`` bool (n,) as `dead_gradients` returns."""
-    n, share = _count(dead), _share(dead)
-    text = f"{share:.1%} of {n} images have an input gradient that is zero or not finite (at most {DEAD_SHARE:.0%})"
-    return Finding("zero_gradients", share > DEAD_SHARE, {"share": share, "images": n}, DEAD_SHARE, text)
+    return "masked" if any(finding.triggered for finding in rules) else "none"
 
 
 def dead_gradients(model: Classifier, images: Tensor, labels: Tensor, batch_size: int = BATCH_SIZE) -> Tensor:
@@ -78,17 +81,6 @@ def dead_gradients(model: Classifier, images: Tensor, labels: Tensor, batch_size
     labels = check_labels(labels, len(images), predict(model, images[:1]).shape[1])
     batches = zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True)
     return torch.cat([unusable(input_gradient(model, *batch, "cross_entropy")) for batch in batches])
-
-
-def unbounded_attack(correct: Tensor) -> Finding:
-    """Rule 2: an attacker who may paint any image whatever leaves accuracy, by more than one image.
-
-    ``correct`` bool (n,) as `unbounded_correct` returns.
-    """
-    n, share = _count(correct), _share(correct)
-    tolerance = 1 / n
-    text = f"unbounded PGD (linf 1) leaves {share:.1%} of {n} images classified right (at most {tolerance:.1%})"
-    return Finding("unbounded_attack", int(correct.sum()) > 1, {"accuracy": share, "images": n}, tolerance, text)
 
 
 def unbounded_correct(
@@ -116,32 +108,6 @@ def unbounded_correct(
     return worst_case(left)
 
 
-def transfer_stronger(white: Tensor, transferred: Tensor) -> Finding:
-    """Rule 3: examples made on another model fool this one more often than those made on itself.
-
-    ``white`` and ``transferred``, bool (n,), say which images are classified right under either. The tolerance is two
-    standard errors of the white-box accuracy, and at least one image.
-
-    Raises:
-        DataError: the vectors are about different images, or about none.
-    """
-    n = _count(white)
-    if _count(transferred) != n:
-        raise DataError(
-            "both vectors must be about the same images", expected=f"{n} entries", got=f"{_count(transferred)}"
-        )
-    own, other = _share(white), _share(transferred)
-    tolerance = max(2 * sqrt(own * (1 - own) / n), 1 / n)
-    # In whole images, so that a difference of exactly the tolerance does not hang on rounding.
-    triggered = int(white.sum()) - int(transferred.sum()) > tolerance * n + 1e-9
-    text = (
-        f"accuracy under transferred examples {other:.1%}, under white-box ones {own:.1%}, on {n} images "
-        f"(at most {tolerance:.1%} lower)"
-    )
-    numbers = {"white_box": own, "transferred": other, "images": n}
-    return Finding("transfer_stronger", triggered, numbers, tolerance, text)
-
-
 def transferred_correct(
     source: Classifier,
     target: Classifier,
@@ -164,15 +130,3 @@ def transferred_correct(
     """
     made = (attack or PGD(compact=False))(source, images, labels, threat, seed=seed, indices=indices)
     return accuracy_vector(target, made.adversarial, labels)
-
-
-def _count(vector: Tensor) -> int:
-    if vector.dtype != torch.bool or vector.ndim != 1 or not len(vector):
-        raise DataError(
-            "a masking rule needs one boolean per image", got=f"{vector.dtype} of shape {tuple(vector.shape)}"
-        )
-    return len(vector)
-
-
-def _share(vector: Tensor) -> float:
-    return int(vector.sum()) / len(vector)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
 from typing import final
 
 from torch import Tensor
 
 from qopt.attacks.attack import AttackResult, Classifier
-from qopt.attacks.gradient import Ascent, LossName, ascend, check_options
+from qopt.attacks.gradient import Ascent, LossName, ascend, check_options, check_positive
 from qopt.attacks.score import BATCH_SIZE
 from qopt.errors import UsageError
 from qopt.threat import ThreatModel
@@ -24,7 +23,7 @@ class PGD:
         steps: gradient steps of each run.
         step: their length in the norm of the threat model; None for a quarter of eps.
         restarts: runs from different random starts; an image is fooled if one of them fools it.
-        loss: cross_entropy or margin.
+        loss: cross_entropy, margin or dlr.
         random_start: start at a random point of the ball; otherwise at the clean image (then restarts must be 1).
         compact: fooled images leave the batch at once, just across the boundary. Same accuracy, less time. Take False
             for examples that are to fool *another* model, and for mean distortions as the literature gives them.
@@ -44,8 +43,7 @@ class PGD:
 
     def __post_init__(self) -> None:
         check_options("PGD", self.loss, steps=self.steps, restarts=self.restarts, batch_size=self.batch_size)
-        if self.step is not None and not (isfinite(self.step) and self.step > 0):
-            raise UsageError("step must be a finite number larger than 0", where="PGD", got=repr(self.step))
+        check_positive("PGD", step=self.step)
         if self.restarts > 1 and not self.random_start:
             raise UsageError("restarts from the clean image repeat each other", where="PGD", fix="use random_start")
 
@@ -64,15 +62,19 @@ class PGD:
         *,
         seed: int,
         indices: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> AttackResult:
-        """Attack ``images`` (n, ...), float32 in [0, 1]; the random starts depend on ``seed`` and ``indices`` only."""
+        """Attack ``images`` (n, ...), float32 in [0, 1]; the random starts depend on ``seed`` and ``indices`` only.
+
+        With ``targets`` (n,), classes, the prediction is to become those (`ascend`).
+        """
         options = Ascent(
             steps=self.steps,
             step=threat.eps / 4 if self.step is None else self.step,
             loss=self.loss,
-            random_start=self.random_start,
+            start="ball" if self.random_start else "clean",
             restarts=self.restarts,
             compact=self.compact,
             batch_size=self.batch_size,
         )
-        return ascend(model, images, labels, threat, options, seed=seed, indices=indices)
+        return ascend(model, images, labels, threat, options, seed=seed, indices=indices, targets=targets)

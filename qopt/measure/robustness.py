@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
 
+import qopt.attacks as suite
 from qopt.attacks import (
+    BIM,
     FGSM,
+    MIM,
     PGD,
+    RFGSM,
+    AttackResult,
     Classifier,
     Finding,
     accuracy_vector,
     dead_gradients,
+    predict,
     transfer_stronger,
     unbounded_attack,
     unbounded_correct,
@@ -31,6 +37,12 @@ BATCH = 100
 
 CHECKED = 200
 """Images on which the unbounded attack is tried; the zero-gradient rule looks at all."""
+
+ASCENTS = (FGSM, RFGSM, BIM, MIM, PGD)
+"""Attacks that take their steps whatever the loss says: they go on where the model is made to look unbeaten."""
+
+DEEPER = (1.0, 4.0)
+"""Other attacks are run again with the label ahead by this times the lead that file and twin differ by."""
 
 
 @final
@@ -98,27 +110,111 @@ def attack_artefact(
 
 
 def white_box(attack: Attack, twin: Classifier, artefact: Classifier, setting: Setting) -> Tensor:
-    """Bool (n,): which images the file still gets right when attacked through its twin.
+    """Bool (n,): which images the file still gets right when attacked through its twin, see `reach`."""
+    return reach(attack, twin, artefact, setting).correct
+
+
+def reach(
+    attack: suite.Attack,
+    twin: Classifier,
+    artefact: Classifier,
+    setting: Setting,
+    indices: Tensor | None = None,
+) -> AttackResult:
+    """What ``attack`` on the twin does to the file; the setting's images have the numbers ``indices``, else 0..n-1.
 
     Twin and file differ by rounding, which opens two holes that would flatter the file: an example that stops just
     across the twin's boundary need not fool the file, and an image that the twin alone gets wrong would not be attacked
-    at all. Such images are attacked again with all steps taken: first for the last example that fools the twin, then
-    for the one at which the steps end.
+    at all. Such images are attacked again, by steps with all steps taken: first for the last example that fools the
+    twin, then for the one at which the steps end; by other attacks with the twin's boundary moved to where the file's
+    must be. The rounds for an image do not depend on the others.
     """
-    images, labels, threat, seed = setting.images, setting.labels, setting.threat, setting.seed
-    result = attack(twin, images, labels, threat, seed=seed)
-    correct = accuracy_vector(artefact, result.adversarial, labels)
-    if isinstance(attack, PGD):
-        attack = replace(attack, compact=False)
-        rows = torch.nonzero(correct & result.fooled).flatten()
-        if len(rows):
-            deeper = attack(twin, images[rows], labels[rows], threat, seed=seed, indices=rows)
-            correct[rows] = accuracy_vector(artefact, deeper.adversarial, labels[rows])
-    for label in torch.unique(labels[correct & result.fooled]).tolist():
-        rows = torch.nonzero(correct & result.fooled & (labels == label)).flatten()
-        ended = attack(_Ahead(twin, label), images[rows], labels[rows], threat, seed=seed, indices=rows)
-        correct[rows] = accuracy_vector(artefact, ended.adversarial, labels[rows])
-    return correct
+    numbers = torch.arange(len(setting.images)) if indices is None else indices
+    made = attack(twin, setting.images, setting.labels, setting.threat, seed=setting.seed, indices=numbers)
+    found = _Found(setting, artefact, numbers, made.adversarial, made.fooled)
+    if getattr(attack, "compact", False):
+        attack = _whole(attack)
+        found.again(attack, twin, found.missed())
+    if isinstance(attack, ASCENTS):
+        for label in torch.unique(setting.labels[found.missed()]).tolist():
+            found.again(attack, _Ahead(twin, label), _of(found.missed(), setting.labels == label))
+    else:
+        _move_boundary(attack, twin, found)
+    return AttackResult(found.adversarial, ~found.correct)
+
+
+def _whole(attack: suite.Attack) -> suite.Attack:
+    """The same, with every step taken."""
+    return cast("suite.Attack", replace(cast("Any", attack), compact=False))
+
+
+def _of(rows: Tensor, mask: Tensor) -> Tensor:
+    return rows[mask[rows]]
+
+
+@final
+class _Found:
+    """What is known of every image: its example, and whether the file is right about it."""
+
+    def __init__(
+        self, setting: Setting, artefact: Classifier, numbers: Tensor, adversarial: Tensor, fooled: Tensor
+    ) -> None:
+        self.setting, self.artefact, self.numbers = setting, artefact, numbers
+        self.adversarial, self._fooled = adversarial, fooled
+        self.correct = accuracy_vector(artefact, adversarial, setting.labels)
+
+    def missed(self) -> Tensor:
+        """The images whose first example fools the twin only, int64 (m,)."""
+        return torch.nonzero(self.correct & self._fooled).flatten()
+
+    def again(self, attack: suite.Attack, model: Classifier, rows: Tensor) -> None:
+        """Attack ``rows`` (m,) once more, and keep what fools the file."""
+        if not len(rows):
+            return
+        images, labels = self.setting.images[rows], self.setting.labels[rows]
+        threat, seed = self.setting.threat, self.setting.seed
+        made = attack(model, images, labels, threat, seed=seed, indices=self.numbers[rows]).adversarial
+        right = accuracy_vector(self.artefact, made, labels)
+        self.correct[rows] = right
+        self.adversarial[rows[~right]] = made[~right]
+
+
+def _move_boundary(attack: suite.Attack, twin: Classifier, found: _Found) -> None:
+    """Attack what was missed with the twin's label ahead, by a power of two so that few runs serve all images."""
+    rows, labels = found.missed(), found.setting.labels
+    if not len(rows):
+        return
+    lead = torch.zeros(len(labels), dtype=torch.float64)
+    lead[rows] = _lead(twin, found, rows) - _lead(found.artefact, found, rows)
+    lead = torch.exp2(torch.ceil(torch.log2(lead.clamp_min(1e-6))))
+    for factor in DEEPER:
+        for label, ahead in sorted({(int(labels[row]), float(lead[row])) for row in found.missed()}):
+            same = (labels == label) & (lead == ahead)
+            found.again(attack, _Behind(twin, label, factor * ahead), _of(found.missed(), same))
+
+
+def _lead(model: Classifier, found: _Found, rows: Tensor) -> Tensor:
+    """How far the best wrong class leads the label on the examples of ``rows`` (m,): float64 (m,)."""
+    logits = predict(model, found.adversarial[rows]).double()
+    labels = found.setting.labels[rows][:, None]
+    own = logits.gather(1, labels).squeeze(1)
+    return logits.scatter(1, labels, -torch.inf).amax(1) - own
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Behind:
+    """A classifier whose other classes must lead ``label`` by ``lead`` more."""
+
+    model: Classifier
+    label: int
+    lead: float
+
+    def __call__(self, images: Tensor) -> Tensor:
+        logits = self.model(images).double()
+        ahead = torch.zeros_like(logits)
+        ahead[:, self.label] = self.lead
+        return logits + ahead
 
 
 @final

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from qopt.errors import VerificationError
+from qopt.graph.operators.quantization import quantized, quantized_by_own_range
 from qopt.passes.base import Result
 from qopt.passes.nodes import free_name
 from qopt.quant import ActivationQuantizer, AffineRange, Gradient
@@ -58,7 +59,20 @@ class InsertActivationQuantizers:
 
 
 def set_gradient(graph: GraphModule, gradient: Gradient) -> None:
-    """Switch how gradients pass every activation quantizer of the graph."""
+    """Switch how gradients pass every activation quantizer of the graph, those that a file came with included."""
     for module in graph.modules():
         if isinstance(module, ActivationQuantizer):
             module.gradient = gradient
+    for node in _imported(graph):
+        node.update_kwarg("gradient", gradient)
+    graph.recompile()
+
+
+def quantizes_activations(graph: GraphModule) -> bool:
+    """Whether gradients meet a quantizer at all: what `set_gradient` changes."""
+    return bool(_imported(graph)) or any(isinstance(module, ActivationQuantizer) for module in graph.modules())
+
+
+def _imported(graph: GraphModule) -> list[Node]:
+    """QuantizeLinear and DynamicQuantizeLinear nodes of the file that the twin was built from."""
+    return [node for node in graph.graph.nodes if node.target in (quantized, quantized_by_own_range)]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qopt.attacks.ball import direction, project, random_start
+from qopt.attacks.ball import Ball, direction, mean_length_one, project, random_halfway, random_start, start
 from qopt.threat import Norm, ThreatModel
 
 NORMS: tuple[Norm, ...] = get_args(Norm)
@@ -35,6 +35,18 @@ def test_projection_ends_in_ball_and_box(norm: Norm, seed: int, eps: float, scal
     assert inside.min() >= 0
     assert inside.max() <= 1
     assert torch.allclose(project(inside, clean, threat), inside, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@given(seed=st.integers(0, 10**6), eps=st.floats(0.0, 4.0), scale=st.floats(0.0, 10.0))
+@settings(deadline=None, max_examples=60)
+def test_a_ball_projects_as_the_function_does(norm: Norm, seed: int, eps: float, scale: float) -> None:
+    threat, clean = ThreatModel(norm, eps), random_images(seed)
+    outside = clean + scale * (random_images(seed + 1) - 0.5)
+    ball = Ball.around(clean, threat)
+    assert torch.equal(ball.project(outside), project(outside, clean, threat))
+    rows = torch.tensor([4, 0, 3])
+    assert torch.equal(ball.at(rows).project(outside[rows]), project(outside[rows], clean[rows], threat))
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -107,3 +119,45 @@ def test_random_starts_fill_the_ball_uniformly(norm: Norm) -> None:
     inner = float((lengths <= eps * sqrt(0.5)).double().mean())
     assert inner == pytest.approx(0.5, abs=0.04)
     assert (start - clean).mean((0, 1, 2)).tolist() == pytest.approx([0.0, 0.0], abs=0.02)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_halfway_is_half_of_eps_in_both_norms(norm: Norm) -> None:
+    clean, eps = torch.full((200, 2, 3, 3), 0.5), 0.4
+    halfway = random_halfway(clean, ThreatModel(norm, eps), seed=3, indices=torch.arange(200), restart=0)
+    assert distance(halfway, clean, norm).tolist() == pytest.approx([eps / 2] * 200, rel=1e-5)
+    if norm == "linf":
+        assert torch.allclose((halfway - clean).abs(), torch.tensor(eps / 2))
+    assert (halfway - clean).mean((0, 1, 2, 3)).item() == pytest.approx(0.0, abs=0.02)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_halfway_depends_on_seed_and_number_only(norm: Norm) -> None:
+    threat, clean = ThreatModel(norm, 0.2), random_images(5, 4)
+    indices = torch.tensor([7, 3, 7, 0])
+    whole = random_halfway(clean, threat, seed=1, indices=indices, restart=0)
+    one = random_halfway(clean[1:2], threat, seed=1, indices=indices[1:2], restart=0)
+    assert torch.equal(one[0], whole[1])
+    other = random_halfway(clean, threat, seed=2, indices=indices, restart=0)
+    assert (other != whole).flatten(1).any(1).all()
+    assert whole.min() >= 0
+    assert whole.max() <= 1
+
+
+def test_kinds_of_start() -> None:
+    clean, threat, numbers = random_images(4), ThreatModel("linf", 0.1), torch.arange(5)
+    assert torch.equal(start("clean", clean, threat, seed=0, indices=numbers, restart=0), clean)
+    ball = random_start(clean, threat, seed=0, indices=numbers, restart=2)
+    assert torch.equal(start("ball", clean, threat, seed=0, indices=numbers, restart=2), ball)
+    halfway = random_halfway(clean, threat, seed=0, indices=numbers, restart=2)
+    assert torch.equal(start("halfway", clean, threat, seed=0, indices=numbers, restart=2), halfway)
+    assert not torch.equal(ball, halfway)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_mean_length_one(scale: float) -> None:
+    gradient = (random_images(2, 3) - 0.5) * scale
+    gradient[1] = 0.0
+    scaled = mean_length_one(gradient)
+    assert scaled.flatten(1).abs().mean(1).tolist() == pytest.approx([1.0, 0.0, 1.0], rel=1e-5)
+    assert torch.equal(scaled.sign(), gradient.sign())

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qopt.attacks import PGD, dead_gradients
-from qopt.attacks.gradient import LossName, cross_entropy, input_gradient, margin, unusable
+from qopt.attacks.gradient import LossName, cross_entropy, dlr, input_gradient, margin, unusable
+from qopt.errors import UsageError
 from qopt.threat import Norm, ThreatModel
 
 
@@ -27,6 +28,40 @@ def test_log_odds_are_cross_entropy_before_its_softplus(classes: int) -> None:
 def test_margin_against_a_loop() -> None:
     logits = torch.tensor([[1.0, 2.0, 4.0], [1.0, 2.0, 4.0], [5.0, -1.0, -2.0]])
     assert margin(logits, torch.tensor([0, 2, 0])).tolist() == [3.0, -2.0, -6.0]
+
+
+def test_dlr_against_a_loop() -> None:
+    logits = 4 * torch.randn(60, 5, generator=torch.Generator().manual_seed(8)).double()
+    labels = torch.arange(60) % 5
+    expected = []
+    for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
+        ordered = sorted(row, reverse=True)
+        others = max(value for index, value in enumerate(row) if index != label)
+        expected.append(-(row[label] - others) / (ordered[0] - ordered[2]))
+    assert dlr(logits, labels).tolist() == pytest.approx(expected)
+    assert torch.allclose(dlr(7 * logits - 30, labels), dlr(logits, labels))
+
+
+def test_dlr_needs_three_classes() -> None:
+    with pytest.raises(UsageError, match=r"dlr needs three classes .*got 2.*margin"):
+        dlr(torch.zeros(4, 2), torch.zeros(4, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("values", "dead"),
+    [
+        ([0.0, 0.0], True),
+        ([-0.0, 0.0], True),
+        ([1e-45, 0.0], False),
+        ([-3.0, 0.0], False),
+        ([torch.nan, 1.0], True),
+        ([1.0, -torch.inf], True),
+        ([3e38, 3e38], False),
+    ],
+)
+def test_which_gradients_are_unusable(values: list[float], dead: bool) -> None:
+    gradient = torch.tensor([values, [1.0, 2.0]]).view(2, 1, 1, 2)
+    assert unusable(gradient).tolist() == [dead, False]
 
 
 def test_gradients_have_the_direction_of_cross_entropy(net: nn.Module, data: tuple[Tensor, Tensor]) -> None:

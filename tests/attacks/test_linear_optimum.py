@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from qopt.attacks import FGSM, PGD, Attack, Classifier
+from qopt.attacks.bim import BIM
+from qopt.attacks.mim import MIM
 from qopt.threat import ThreatModel
 
 COUNT, SIDE = 120, 5
@@ -39,7 +41,15 @@ def best_move(weights: Tensor, labels: Tensor, threat: ThreatModel) -> Tensor:
     return (threat.eps * unit * (1 - 2 * labels[:, None])).view(-1, 1, SIDE, SIDE)
 
 
-EXACT: list[Attack] = [FGSM(), FGSM(loss="margin"), PGD(random_start=False), PGD(random_start=False, compact=False)]
+EXACT: list[Attack] = [
+    FGSM(),
+    FGSM(loss="margin"),
+    PGD(random_start=False),
+    PGD(random_start=False, compact=False),
+    BIM(),
+    MIM(),
+    MIM(decay=0.3, compact=False),
+]
 
 
 @pytest.mark.parametrize("threat", [ThreatModel("linf", 0.012), ThreatModel("l2", 0.06)], ids=str)
@@ -59,7 +69,7 @@ def test_attacks_reach_the_optimum(attack: Attack, threat: ThreatModel) -> None:
 
 def attack_compacts(attack: Attack) -> bool:
     """Whether fooled images stop on the way to the optimum."""
-    return isinstance(attack, PGD) and attack.compact
+    return isinstance(attack, PGD | BIM | MIM) and attack.compact
 
 
 @pytest.mark.parametrize("threat", [ThreatModel("linf", 0.012), ThreatModel("l2", 0.06)], ids=str)

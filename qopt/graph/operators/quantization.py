@@ -14,15 +14,18 @@ from torch import Tensor
 
 from qopt.graph.operators.registry import Call, Op, operator
 from qopt.graph.operators.types import CARRIERS, code_range
+from qopt.quant import Gradient
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Divide, round half to even, shift, clip; backward as if only divided, within the range only."""
+    """Divide, round half to even, shift, clip; backward as if only divided, within the range only where ``clipped``."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(values: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        values: Tensor, scale: Tensor, zero: Tensor, low: int, high: int, clipped: bool
+    ) -> tuple[Tensor, Tensor]:
         shifted = torch.round(values / scale) + zero
         codes = shifted.clamp(low, high)
         return codes, shifted == codes
@@ -30,18 +33,27 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
+        ctx.clipped = inputs[5]
         ctx.save_for_backward(inputs[1], output[1])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _inside: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor, _inside: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         scale, inside = ctx.saved_tensors
-        return gradient * inside / scale, None, None, None, None
+        return (gradient * inside if ctx.clipped else gradient) / scale, None, None, None, None, None
 
 
-def codes_of(values: Tensor, scale: Tensor, zero: Tensor | None, low: int, high: int) -> Tensor:
-    """Whole numbers in ``low..high`` in the type of ``values``; ``scale`` and ``zero`` broadcast to them."""
+def codes_of(
+    values: Tensor, scale: Tensor, zero: Tensor | None, low: int, high: int, gradient: Gradient = "ste"
+) -> Tensor:
+    """Whole numbers in ``low..high`` in the type of ``values``; ``scale`` and ``zero`` broadcast to them.
+
+    ``gradient`` as of `qopt.passes.insert_activation_quantizers.InsertActivationQuantizers`.
+    """
     shift = torch.zeros((), dtype=values.dtype, device=values.device) if zero is None else zero.to(values.dtype)
-    codes, _inside = _StraightThrough.apply(values, scale.detach(), shift.detach(), low, high)  # type: ignore[no-untyped-call]
+    if gradient == "plain":
+        return (torch.round(values / scale.detach()) + shift.detach()).clamp(low, high)
+    clipped = gradient == "ste"
+    codes, _inside = _StraightThrough.apply(values, scale.detach(), shift.detach(), low, high, clipped)  # type: ignore[no-untyped-call]
     return cast("Tensor", codes)
 
 
@@ -77,12 +89,15 @@ def _code_type(op: Op) -> ir.DataType:
     return found
 
 
-def quantized(x: Tensor, scale: Tensor, zero: Tensor | None, low: int, high: int, axis: int, block: int) -> Tensor:
+def quantized(
+    x: Tensor, scale: Tensor, zero: Tensor | None, low: int, high: int, axis: int, block: int,
+    gradient: Gradient = "ste",
+) -> Tensor:  # fmt: skip
     """Codes of ``x`` in float: ``round(x / scale) + zero``, clipped to ``low..high``."""
     values = x if x.dtype == torch.float64 else x.to(torch.float32)
     steps = beside(scale, x, axis, block).to(values.dtype)
     shift = None if zero is None else beside(zero, x, axis, block)
-    return codes_of(values, steps, shift, low, high)
+    return codes_of(values, steps, shift, low, high, gradient)
 
 
 @operator("DequantizeLinear")
@@ -116,10 +131,10 @@ def dynamic_quantize_linear(op: Op) -> Call:
     return Call(quantized_by_own_range, (op.arg(0),), parts=True)
 
 
-def quantized_by_own_range(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantized_by_own_range(x: Tensor, gradient: Gradient = "ste") -> tuple[Tensor, Tensor, Tensor]:
     """Codes in float, scale and zero point of ``x``; the latter two pass no gradient."""
     low, high = x.detach().amin().clamp(max=0), x.detach().amax().clamp(min=0)
     width = (high - low) / 255
     scale = torch.where(width > 0, width, torch.ones_like(width))
     zero = torch.round((-low / scale).clamp(0, 255))
-    return codes_of(x, scale, zero, 0, 255), scale, zero.to(torch.uint8)
+    return codes_of(x, scale, zero, 0, 255, gradient), scale, zero.to(torch.uint8)
