@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qopt.cache import digest_arrays
 from qopt.data import Split
-from qopt.graph.model import Layer
+from qopt.graph.model import Layer, Prepared
 from qopt.hardware.cost_model import LayerDescription
 from qopt.job.run import Run
 from qopt.measure.divergence import Probe, layer_sensitivities
@@ -29,6 +29,12 @@ BATCH = 32
 
 SENSITIVITY_IMAGES = 128
 """Images on which layers are quantized one at a time: sensitivities differ by orders of magnitude."""
+
+SENSITIVITY_MACS = 10**13
+"""Multiplications for all of it, minutes on two cores; fewer images, but `LEAST_SENSITIVITY_IMAGES`, where more."""
+
+LEAST_SENSITIVITY_IMAGES = 16
+"""One image of 1000 classes tells more than one of ten."""
 
 Sensitivities = Mapping[tuple[str, WeightSpec], float]
 
@@ -121,7 +127,7 @@ def _sensitivities(run: Run, candidates: Mapping[str, tuple[WeightSpec, ...]]) -
     run.progress("sensitivity of every layer and format")
     clean, adversarial = probe_images(run, "calibrate")
     images = clean if adversarial is None else _hardest(clean, adversarial, withstood(run, "calibrate"))
-    images = images[:SENSITIVITY_IMAGES]
+    images = images[: _affordable(run.prepared, candidates)]
     pairs = [(name, spec) for name, specs in candidates.items() for spec in specs]
     key = {
         "model": run.prepared.digest, "images": digest_arrays(images.numpy()), "pairs": [[n, str(s)] for n, s in pairs],
@@ -135,6 +141,15 @@ def _sensitivities(run: Run, candidates: Mapping[str, tuple[WeightSpec, ...]]) -
 
     values = run.cache.arrays("sensitivities", key, compute)["values"]
     return {pair: float(value) for pair, value in zip(pairs, values, strict=True)}
+
+
+def _affordable(prepared: Prepared, candidates: Mapping[str, tuple[WeightSpec, ...]]) -> int:
+    """On how many images sensitivities are measured: each version of a layer runs all layers after it, too."""
+    after, macs = 0, 0
+    for layer in reversed(prepared.layers):
+        after += layer.macs
+        macs += after * len(candidates[layer.name])
+    return int(min(max(SENSITIVITY_MACS // max(macs, 1), LEAST_SENSITIVITY_IMAGES), SENSITIVITY_IMAGES))
 
 
 def _hardest(clean: Tensor, adversarial: Tensor, held: Tensor) -> Tensor:

@@ -76,12 +76,28 @@ def test_the_example_in_full(spec: str, quantizer: Quantizer, examples: Path, co
 @pytest.mark.assets
 @pytest.mark.parametrize(("name", "data"), [("resnet20_cifar10_std", "cifar10"), ("cnn_fashion_kw", "fashion")])
 def test_public_networks(name: str, data: str, assets: Path, compiled: Any, reference: Any) -> None:
-    """One with its normalisation in front and shortcuts that cut and pad."""
+    compare_public(name, data, 40, 4, assets, compiled, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.assets
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("resnet20_cifar10_std", "cifar10"), ("cnn_fashion_kw", "fashion"), ("cnn_mnist_madrytiny", "mnist")],
+)
+def test_public_networks_in_full(name: str, data: str, assets: Path, compiled: Any, reference: Any) -> None:
+    compare_public(name, data, 2000, 2000, assets, compiled, reference)
+
+
+def compare_public(
+    name: str, data: str, count: int, compared: int, assets: Path, compiled: Any, reference: Any
+) -> None:
+    """One has its normalisation in front, and shortcuts that cut and pad; ``compared`` of the images code for code."""
     prepared = prepare(load_model(assets / "onnx" / f"{name}.onnx"))
     with np.load(assets / "data" / f"{data}_small.npz") as file:
-        train, test = (np.asarray(file[f"x_{part}"][:40] / 255, np.float32) for part in ("train", "test"))
+        train, test = (np.asarray(file[f"x_{part}"][:count] / 255, np.float32) for part in ("train", "test"))
     shape = (-1, *prepared.input_shape)
-    calibrated = Quantizer(prepared, torch.from_numpy(train.reshape(shape)))
+    calibrated = Quantizer(prepared, torch.from_numpy(train[:256].reshape(shape)))
     quantized = calibrated.apply(uniform(WeightSpec.parse("int4"), ActivationSpec.parse("int8"))).quantized
     program = emit_c(prepared, quantized, name="net")
     pixels = test.reshape(shape)
@@ -92,7 +108,13 @@ def test_public_networks(name: str, data: str, assets: Path, compiled: Any, refe
     codes = quantized.activations[start].quantize(torch.from_numpy(pixels)).numpy()
     found = compiled(program)(codes)
     oracle = reference(prepared, quantized, program.network.output.code.scale)
-    assert np.array_equal(found[:4], oracle.logits(codes[:4].astype(np.int64), start))
+    batches = np.array_split(codes[:compared].astype(np.int64), max(1, compared // 50))
+    expected = np.concatenate([oracle.logits(batch, start) for batch in batches])
     same = found.argmax(1) == Runner(to_bytes(emit(prepared, quantized)))(test.reshape(shape)).argmax(1)
+    print(
+        f"{name}: {compared} images, {(found[:compared] != expected).sum()} codes differ, ONNX Runtime agrees on "
+        f"{same.mean():.2%}, arena {program.arena_bytes}, flash {program.flash_bytes}"
+    )
+    assert np.array_equal(found[:compared], expected)
     assert same.mean() >= 0.97
     assert program.arena_bytes <= ARENA
