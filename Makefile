@@ -15,9 +15,14 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist workst
 test: .venv/installed-dev
 	$(PYTEST) -m "not slow"
 
+# Needs QOPT_ASSETS, the folder of the public networks; takes an hour and more on 2 cores.
 slow: .venv/installed-dev
 	$(PYTEST)
 	$(BIN)/python benchmarks/main_job.py
+	$(BIN)/python benchmarks/ptq.py --networks resnet20_cifar10_std --draws 3 --bits 3,2.5,2
+	$(BIN)/python benchmarks/ptq.py --networks resnet20_cifar10_std --draws 3 --bits 4,3,2 \
+		--options '{"search":"uniform"}'
+	$(BIN)/python benchmarks/streaming.py --whole --parameters 5e7,1e9
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

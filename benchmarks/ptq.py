@@ -6,7 +6,7 @@ Every row is the mean over calibration draws (which train images calibrate, whic
 float on the same test images, with its standard error over images. Bits are code bits and stored bits per weight as
 qopt counts them. Accuracy is what the emitted file gives in ONNX Runtime, attacked through its twin: by qopt's preset
 (FGSM, PGD-20, and float's examples transferred) on all test images; with ``--apgd`` also by APGD-CE on all of them and
-by APGD-T on the first 1000, of ``pip install qopt[autoattack]``. An image counts as robust where every attack up to
+by APGD-T on the first 1000. An image counts as robust where every attack up to
 and including that column fails, so the columns fall from left to right.
 
 ``--against-clean`` tells instead what the robust selection is worth: robust accuracy of the network it selects minus
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from qopt.api import load
-from qopt.attacks import accuracy_vector
+from qopt.attacks import APGD, accuracy_vector
 from qopt.cache import Cache
 from qopt.config import resolve_options
 from qopt.data import Data, Split
@@ -96,25 +96,13 @@ class Measured:
     correct: dict[str, Tensor]
 
 
-def apgd(artefact: Artefact, run: Run, correct: Tensor, attack: str) -> Tensor:
+def apgd(artefact: Artefact, run: Run, correct: Tensor, attack: APGD) -> Tensor:
     """What is left of ``correct`` after one attack of AutoAttack on those images, judged in the file."""
-    from pyautoattack.autoattack import AutoAttack
-
-    class Model(torch.nn.Module):
-        def forward(self, images: Tensor) -> Tensor:
-            return artefact.twin(images)
-
     rows = torch.nonzero(correct).flatten()
     images, labels = (torch.from_numpy(a)[rows] for a in (run.data.report.images, run.data.report.labels))
-    adversary = AutoAttack(
-        Model(), attacks=[attack], version="custom", eps=run.threat.eps, norm="Linf", seed=run.seed("report") % 2**31
-    )
-    adversary.apgd.n_restarts = 1
-    found = adversary.run_standard_evaluation(images, labels, batch_size=250)
-    adversarial = found[0] if isinstance(found, tuple) else found
-    assert float((adversarial - images).abs().max()) <= run.threat.eps + 1e-6
+    found = attack(artefact.twin, images, labels, run.threat, seed=run.seed("report"), indices=rows)
     left = torch.zeros_like(correct)
-    left[rows] = accuracy_vector(artefact.classifier, adversarial, labels)
+    left[rows] = accuracy_vector(artefact.classifier, found.adversarial, labels)
     return left
 
 
@@ -124,10 +112,10 @@ def columns(artefact: Artefact, run: Run, clean: Tensor, robust: Tensor | None, 
     if robust is not None:
         found["PGD-20"] = robust
         if with_apgd:
-            found["APGD-CE"] = apgd(artefact, run, robust, "apgd-ce")
+            found["APGD-CE"] = apgd(artefact, run, robust, APGD())
             few = found["APGD-CE"].clone()
             few[TARGETED:] = False
-            found["APGD-T"] = apgd(artefact, run, few, "apgd-t")[:TARGETED]
+            found["APGD-T"] = apgd(artefact, run, few, APGD("dlr", targets=9))[:TARGETED]
     return found
 
 
@@ -205,7 +193,7 @@ def main() -> None:
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--bits", default="4,3,2.5,2")
     parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--apgd", action="store_true", help="also APGD-CE and APGD-T, of pyautoattack")
+    parser.add_argument("--apgd", action="store_true", help="also APGD-CE and APGD-T")
     parser.add_argument("--against-clean", action="store_true", help="compare the robust with a clean selection")
     parser.add_argument("--options", default="{}", help="further options of qopt.optimize, as JSON")
     parser.add_argument("--threads", type=int, help="CPU threads [all]")

@@ -54,7 +54,11 @@ def main() -> None:
     data = images(module, args.images)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     began, cpu = time.perf_counter(), time.process_time()
-    bundle = qopt.optimize(module, data=data, effort=args.effort, progress=lambda step: print(f"  {time.perf_counter() - began:.0f} s {step}", flush=True))
+
+    def say(step: str) -> None:
+        print(f"  {time.perf_counter() - began:.0f} s {step}", flush=True)
+
+    bundle = qopt.optimize(module, data=data, effort=args.effort, progress=say)
     wall, cpu = time.perf_counter() - began, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     size = bundle.report.size

@@ -61,7 +61,7 @@ def choose(run: Run) -> Choice:
     run.progress(f"search: {strategy.name}")
     outcome = strategy(filtered.space)
     applied, evaluated = _decide(run, _plans(run, strategy, space, filtered, outcome))
-    return Choice(applied, space, _facts(run, strategy, filtered, outcome, evaluated), _norms(run, applied))
+    return Choice(applied, space, _facts(run, strategy, filtered, outcome, evaluated), _norms(run, applied, space))
 
 
 def _decide(run: Run, entries: list[Entry]) -> tuple[AppliedWeights, list[EvaluatedPlan]]:
@@ -85,16 +85,25 @@ def _apply_given(run: Run, plan: Plan) -> Choice:
 
 def described(run: Run, applied: AppliedWeights, facts: SearchFacts) -> Choice:
     """The choice of a plan that was made real outside the search, with its norms."""
-    return Choice(applied, build_space(run, (), measured=False), facts, _norms(run, applied))
+    space = build_space(run, (), measured=False)
+    return Choice(applied, space, facts, _norms(run, applied, space))
 
 
-def _norms(run: Run, applied: AppliedWeights) -> dict[str, tuple[NormBound, NormBound, NormBound]]:
-    codes = applied.quantized.weights
-    return {
-        layer.name: code_norms(layer, run.weights.weight(layer), codes[layer.name].dequantize())
-        for layer in run.prepared.layers
-        if layer.name in codes
-    }
+def _norms(run: Run, applied: AppliedWeights, space: Space) -> dict[str, tuple[NormBound, NormBound, NormBound]]:
+    """Of the codes that were chosen; where they are those of a candidate, its own."""
+    nearest = applied.plan.rounding == "nearest"
+    known = {(layer.layer, c.spec): c for layer in space.layers for c in layer.candidates} if nearest else {}
+    asked, found = applied.plan.weight_specs([layer.name for layer in run.prepared.layers]), {}
+    for layer in run.prepared.layers:
+        if layer.name not in applied.quantized.weights:
+            continue
+        codes = applied.quantized.weights[layer.name]
+        same = known.get((layer.name, asked[layer.name]))
+        if same is not None:
+            found[layer.name] = same.norm, same.error, same.row_error
+        else:
+            found[layer.name] = code_norms(layer, run.weights.weight(layer), codes.dequantize())
+    return found
 
 
 def resolve_thresholds(options: Options, has_data: bool) -> Thresholds:
