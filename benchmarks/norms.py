@@ -37,7 +37,6 @@ KINDS = ("int", "log")
 SPECS = [WeightSpec(kind, bits, "tensor", "max") for kind in KINDS for bits in BITS]
 
 
-
 def resnet18() -> list[tuple[int, ...]]:
     """Weights of the 20 convolutions and the classifier for 1000 classes."""
     shapes: list[tuple[int, ...]] = [(64, 3, 7, 7)]
@@ -217,7 +216,11 @@ def report(name: str, spectrum: str, found: Measured) -> list[str]:
         "| route | CPU s | faster than numpy SVD | largest error | wrong decisions |",
         "|---|---|---|---|---|",
     ]
-    labels = {"lazy": "lazy: which formats meet both", "lazy, all": "lazy: every norm's threshold", "table": "sound table"}
+    labels = {
+        "lazy": "lazy: which formats meet both",
+        "lazy, all": "lazy: every norm's threshold",
+        "table": "sound table",
+    }
     for route in ("lazy", "lazy, all", "table", *ROUTES):
         if route in found.seconds:
             ratio = f"{found.ratio(route):.1f}" if "numpy SVD" in found.seconds else ""
@@ -238,7 +241,12 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"write results/{RESULTS.name}")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    lines = ["# Norms of every format of a network", "", f"{platform.machine()}, {os.cpu_count()} cores, one thread.", ""]
+    lines = [
+        "# Norms of every format of a network",
+        "",
+        f"{platform.machine()}, {os.cpu_count()} cores, one thread.",
+        "",
+    ]
     missed = []
     for name, shapes in (("ResNet-18", resnet18()), ("ResNet-50", resnet50())):
         for spectrum in ("He", "decaying"):

@@ -92,8 +92,8 @@ def ascend(
 
     With ``targets`` (n,), classes, the loss towards them is raised, and an image is fooled where the prediction is its
     target. Images that are fooled from the start are returned as they are, and so is everything at eps = 0.
-    ``fooled`` is what `predict` says of the returned images, whatever happened on the way. Parameters of the model are
-    not touched. The result depends on ``batch_size`` only through the rounding of the model's own arithmetic.
+    ``fooled`` is what `predict` says of the returned images, whatever happened on the way; of those that were not
+    attacked it has said so already. Parameters of the model are not touched. The result depends on ``batch_size`` only through the rounding of the model's own arithmetic.
 
     Raises:
         DataError: images, labels, targets or indices do not fit.
@@ -102,9 +102,12 @@ def ascend(
     logits = predict(model, images, options.batch_size)
     goal = aim(labels, targets, logits, options.loss)
     numbers = check_indices(indices, len(images))
-    rows = (~goal.reached(logits)).nonzero().flatten()
+    fooled = goal.reached(logits)
+    rows = (~fooled).nonzero().flatten()
     adversarial = climb(model, images, rows, goal, threat, options, seed=seed, numbers=numbers)
-    return AttackResult(adversarial, goal.reached(predict(model, adversarial, options.batch_size)))
+    if len(rows):
+        fooled[rows] = goal.at(rows).reached(predict(model, adversarial[rows], options.batch_size))
+    return AttackResult(adversarial, fooled)
 
 
 def aim(labels: Tensor, targets: Tensor | None, logits: Tensor, loss: LossName = "margin") -> Misclassified:

@@ -1,6 +1,6 @@
 """Attacks by gradients against those of torchattacks and foolbox: CPU seconds and robust accuracy, in one run.
 
-Run: ``QOPT_ASSETS=folder python benchmarks/attack_gradients.py [--images 200] [--repeats 3] [--write]``.
+Run: ``QOPT_ASSETS=folder python benchmarks/attacks.py [--images 200] [--repeats 3] [--write]``.
 
 All attack the same twin (batch norm and normalisation folded, no gradients of weights) on one thread, all images in one
 batch; of the repeats, interleaved, the fastest counts (five times as many of PGD on the small robust network; one of
@@ -36,7 +36,7 @@ from qopt.graph.prepare import prepare
 from qopt.graph.twin import build_twin
 from qopt.threat import ThreatModel
 
-RESULTS = Path(__file__).resolve().parent / "results" / "attack_gradients.md"
+RESULTS = Path(__file__).resolve().parent / "results" / "attacks.md"
 ROBUST, STANDARD = "vresnet2b_cifar10_adv2", "resnet20_cifar10_std"
 BARS = {
     (ROBUST, "PGD-20", "torchattacks"): 1.2,
@@ -156,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/attack_gradients.md")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/attacks.md")
     args = parser.parse_args()
     assets = os.environ.get("QOPT_ASSETS")
     if not assets:
