@@ -93,7 +93,8 @@ def ascend(
     With ``targets`` (n,), classes, the loss towards them is raised, and an image is fooled where the prediction is its
     target. Images that are fooled from the start are returned as they are, and so is everything at eps = 0.
     ``fooled`` is what `predict` says of the returned images, whatever happened on the way; of those that were not
-    attacked it has said so already. Parameters of the model are not touched. The result depends on ``batch_size`` only through the rounding of the model's own arithmetic.
+    attacked it has said so already. Parameters of the model are not touched. The result depends on ``batch_size`` only
+    through the rounding of the model's own arithmetic.
 
     Raises:
         DataError: images, labels, targets or indices do not fit.

@@ -14,7 +14,7 @@ from qopt.api import optimize
 from qopt.job.bundle import Bundle
 from qopt.plan import Plan
 from qopt.report.model import Report
-from qopt.report.schemas import DOCUMENTS, schema, schema_files
+from qopt.report.schemas import schema, schema_files
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "docs" / "schemas"
@@ -136,7 +136,7 @@ def test_the_schema_of_the_report_is_closed(full_report: Report) -> None:
     assert check("report", json.dumps(content)) == [".layers.0: unknown extra", ".layers.1: lacks macs"]
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("name", ["plan", "report"])
 def test_an_independent_validator_agrees(name: str, bundle: Bundle) -> None:
     jsonschema = pytest.importorskip("jsonschema")
     jsonschema.Draft202012Validator.check_schema(schema(name))
