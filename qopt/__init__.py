@@ -11,34 +11,44 @@ from typing import TYPE_CHECKING, Any
 from qopt._version import __version__
 
 if TYPE_CHECKING:
-    from qopt.api import load, optimize
+    from qopt.api import attack, compare, load, optimize
     from qopt.config import Options
     from qopt.data import Data, load_data
     from qopt.errors import QoptError
     from qopt.job.bundle import Bundle
     from qopt.plan import Plan
+    from qopt.report.attack_report import AttackReport
+    from qopt.report.comparison import Comparison
     from qopt.report.model import Report
 
 _HOME = {
+    "AttackReport": "qopt.report.attack_report",
     "Bundle": "qopt.job.bundle",
+    "Comparison": "qopt.report.comparison",
     "Data": "qopt.data",
     "Options": "qopt.config",
     "Plan": "qopt.plan",
     "QoptError": "qopt.errors",
     "Report": "qopt.report.model",
+    "attack": "qopt.api",
+    "compare": "qopt.api",
     "load": "qopt.api",
     "load_data": "qopt.data",
     "optimize": "qopt.api",
 }
 
 __all__ = [
+    "AttackReport",
     "Bundle",
+    "Comparison",
     "Data",
     "Options",
     "Plan",
     "QoptError",
     "Report",
     "__version__",
+    "attack",
+    "compare",
     "load",
     "load_data",
     "optimize",

@@ -16,10 +16,19 @@ from qopt.errors import UsageError
 from qopt.graph.formats import Format, identify
 from qopt.graph.load import load_model
 from qopt.graph.to_onnx import module_to_onnx
+from qopt.job.attack import AttackTask, Source, attack_model
+from qopt.job.attack_rows import Gradients
 from qopt.job.bundle import Bundle
 from qopt.job.command import reproduce
+from qopt.job.compare import compare
 from qopt.job.optimize import Task, optimize_model
+from qopt.measure.network import Normalisation
+from qopt.measure.presets import Preset
 from qopt.plan import Plan, read_plan
+from qopt.report.attack_report import AttackReport
+from qopt.threat import Norm, parse_eps
+
+__all__ = ["attack", "compare", "load", "optimize"]
 
 
 def optimize(
@@ -101,6 +110,72 @@ def optimize(
     if out is not None:
         bundle.write(out)
     return bundle
+
+
+def attack(
+    model: str | Path,
+    *,
+    data: str | Path | Data,
+    norm: Norm = "linf",
+    eps: float | str | None = None,
+    preset: str | Preset = "quick",
+    images: int = 1000,
+    sources: tuple[str | Path | Source, ...] = (),
+    batch: int | None = None,
+    seed: int = 0,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
+    gradients: Gradients = "honest",
+    save: str | Path | None = None,
+    factory: str | None = None,
+    trust: bool = False,
+    input_shape: tuple[int, ...] | None = None,
+    threads: int = 1,
+    cache: str | Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> AttackReport:
+    """Attack a model file, float or quantized by anyone, and say what it withstands and whether that can be believed.
+
+    Attacks by gradients are made on a twin of the file, attacks by queries on the file; all are judged by the file in
+    ONNX Runtime. A file that the importer cannot rebuild is attacked by queries and transferred examples only.
+
+    Args:
+        model: a file as `optimize` takes it, and quantized ONNX files too.
+        data: as of `optimize`; the images for the report are attacked, from the first on.
+        norm: of the threat model, ``linf`` or ``l2``.
+        eps: its radius, pixels in [0, 1], as a number or like ``"8/255"``; None for 8/255, or 0.1 for grey images.
+        preset: ``quick``, ``papers``, ``standard``, or a suite of one's own.
+        images: how many are attacked, at most.
+        sources: model files whose examples are tried too, as ``FILE`` or ``FILE@EPS``.
+        batch: images, or evaluations, per forward pass of every attack, which bounds the memory.
+        seed: every random choice derives from it.
+        mean: per-channel mean, where normalisation lies outside the network; ``std`` likewise.
+        gradients: ``honest``, by straight-through estimation and BPDA, or ``plain``, through the rounding as it is:
+            what a naive evaluation would have said.
+        save: an ``.npz`` for the adversarial images: ``images``, ``labels``, and ``fooled_by``, the attack's name.
+        factory: ``package.module:name`` of the network that a state dict belongs to, of sources too.
+        trust: load formats that can run code.
+        input_shape: shape of one image, where neither file nor data tell.
+        threads: of ONNX Runtime.
+        cache: folder that keeps every attack on every hundred images; an interrupted run goes on from there.
+        progress: told the running robust accuracy, and the name of each step as it begins.
+
+    Returns:
+        The report; ``report.robust_accuracy`` is the one number, in percent, and ``report.exit_code`` is 1 where the
+        gradients are masked, else 0.
+
+    Raises:
+        UsageError: a wrong option, path or preset, or images, labels or pixels that do not fit (exit code 2).
+        ModelError: a model that is corrupt, unsafe, no classifier of images, or with logits that are not finite (3).
+    """
+    task = AttackTask(
+        Path(model), load_data(str(data)) if isinstance(data, str | Path) else data, norm,
+        parse_eps(eps) if isinstance(eps, str) else eps, preset, images,
+        tuple(source if isinstance(source, Source) else Source.parse(str(source)) for source in sources), batch, seed,
+        Normalisation(mean, std), gradients, factory, trust, input_shape, threads,
+        None if save is None else Path(save),
+    )  # fmt: skip
+    return attack_model(task, Cache(None if cache is None else Path(cache)), progress or (lambda step: None))
 
 
 def load(

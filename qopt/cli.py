@@ -8,6 +8,9 @@ from typing import Annotated, NoReturn
 import typer
 
 from qopt._version import __version__
+from qopt.commands.attack import EXAMPLES as ATTACK_EXAMPLES
+from qopt.commands.attack import attack
+from qopt.commands.compare import compare
 from qopt.commands.doctor import doctor
 from qopt.commands.optimize import EXAMPLES, optimize
 from qopt.commands.plan import plan
@@ -16,8 +19,8 @@ from qopt.errors import QoptError
 
 EXIT_CODES = """
 
-Exit codes: 0 emitted and every gate holds; 1 emitted but a gate failed; 2 usage or configuration; 3 model not
-supported; 4 internal error; 130 interrupted.
+Exit codes: 0 emitted and every gate holds, or attacked; 1 emitted but a gate failed, or attacked but gradients are
+masked; 2 usage or configuration; 3 model not supported; 4 internal error; 130 interrupted.
 """
 
 app = typer.Typer(
@@ -65,6 +68,8 @@ def root(
 
 
 app.command(epilog=EXAMPLES)(optimize)
+app.command()(compare)
+app.command(epilog=ATTACK_EXAMPLES)(attack)
 app.command()(doctor)
 app.command()(plugins)
 app.add_typer(plan, name="plan")

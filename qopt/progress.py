@@ -29,8 +29,13 @@ def _bar() -> Iterator[Callable[[str], None]]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=False) as bar:
         running: list[int] = []
+        topics: list[str] = []
 
         def begin(step: str) -> None:
+            if running and _topic(step) == topics[-1]:
+                bar.update(running[-1], description=step)  # type: ignore[arg-type]
+                return
+            topics.append(_topic(step))
             if running:
                 bar.update(running[-1], total=1, completed=1)  # type: ignore[arg-type]
             running.append(bar.add_task(step, total=None))
@@ -38,3 +43,9 @@ def _bar() -> Iterator[Callable[[str], None]]:
         yield begin
         if running:
             bar.update(running[-1], total=1, completed=1)  # type: ignore[arg-type]
+
+
+def _topic(step: str) -> str:
+    """What comes before the colon in ``PGD-20: 100 of 200 images``: such steps share one line."""
+    topic, colon, _ = step.partition(": ")
+    return topic + colon

@@ -16,13 +16,17 @@ HEAVY = ("torch", "scipy", "optuna", "onnx", "onnxruntime", "matplotlib", "onnxs
 
 def test_exported_names() -> None:
     assert qopt.__all__ == [
+        "AttackReport",
         "Bundle",
+        "Comparison",
         "Data",
         "Options",
         "Plan",
         "QoptError",
         "Report",
         "__version__",
+        "attack",
+        "compare",
         "load",
         "load_data",
         "optimize",
@@ -36,7 +40,9 @@ def test_unknown_name_is_an_attribute_error() -> None:
         getattr(qopt, "optimise")  # noqa: B009
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["optimize", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["optimize", "--help"], ["attack", "--help"], ["compare", "--help"]]
+)
 def test_quick_commands_import_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys; sys.argv = ['qopt', *sys.argv[1:]]\n"

@@ -1,5 +1,4 @@
-"""The activation shift of Bernhard et al. 2019, on the values that a float network and a quantized one have in common.
-"""
+"""The activation shift of Bernhard et al. 2019, on values that a float network and a quantized one have in common."""
 
 from __future__ import annotations
 
@@ -83,7 +82,9 @@ def activation_shifts(plain: TwinClassifier, rounded: TwinClassifier, images: Te
             before, after = floats.get(pair.plain.name), codes.get(pair.rounded.name)
             if before is not None and after is not None and before.shape == after.shape and before.ndim > 1:
                 found.setdefault(pair.value, []).append(activation_shift(before, after))
-    return Shifts({name: _together(parts, len(images)) for name, parts in found.items()}, count)
+    chunks = len(range(0, len(images), CHUNK))
+    whole = {name: parts for name, parts in found.items() if len(parts) == chunks}
+    return Shifts({name: _together(parts, len(images)) for name, parts in whole.items()}, count)
 
 
 def _together(parts: Sequence[Shift], images: int) -> Shift:

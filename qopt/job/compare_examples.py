@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qopt.attacks import BIM, CW, FGSM, PGD, SPSA, input_gradient
+from qopt.attacks import BIM, CW, FGSM, PGD, SPSA, Classifier, input_gradient
 from qopt.cache import Cache, digest_arrays
-from qopt.measure.network import ArtefactClassifier, Normalisation, TwinClassifier
+from qopt.measure.network import Normalisation
 from qopt.measure.robustness import BATCH
 from qopt.measure.subject import Subject
 from qopt.seeds import derive
@@ -119,13 +119,13 @@ class Bench:
         """Gradients, like the images, of the cross-entropy of the network's twin on the clean images."""
 
         def compute() -> dict[str, NDArray[np.float32]]:
-            parts = zip(self.images.split(BATCH), self.labels.split(BATCH), strict=True)
+            parts = zip(torch.split(self.images, BATCH), torch.split(self.labels, BATCH), strict=True)
             found = [input_gradient(subject.gradients, *part, "cross_entropy") for part in parts]
             return {"gradients": torch.cat(found).numpy()}
 
         return torch.from_numpy(self.cache.arrays("gradients", self._key(subject, outputs), compute)["gradients"])
 
-    def _attack(self, model: TwinClassifier | ArtefactClassifier, attack: AnyAttack, seed: int) -> Tensor:
+    def _attack(self, model: Classifier, attack: AnyAttack, seed: int) -> Tensor:
         if isinstance(attack, CW):
             return attack(model, self.images, self.labels, seed=seed).adversarial
         return attack(model, self.images, self.labels, self.threat, seed=seed).adversarial

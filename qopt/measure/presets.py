@@ -73,13 +73,11 @@ class Entry:
         attack: the attack; a minimum attack as `Unbounded`, or as `qopt.attacks.Within`.
         threat: what it is bounded by; None for what has no bound (`Unbounded`).
         origin: who set the parameters, and for what.
-        gray: the threat model in which its examples are made on other models, where it is another one.
     """
 
     attack: Attack
     threat: ThreatModel | None
     origin: str = DECLARED
-    gray: ThreatModel | None = None
 
     @property
     def queries(self) -> bool:
@@ -90,12 +88,9 @@ class Entry:
         """Whether all its examples lie in the ball of ``declared``; those of an unbounded one do where they do."""
         return self.threat is not None and self.threat.norm == declared.norm and self.threat.eps <= declared.eps
 
-    def transferring(self, eps: float | None = None) -> Entry:
-        """The same for examples that are to fool another model, within ``eps`` where it is given."""
-        threat = self.gray or self.threat
-        if threat is not None and eps is not None:
-            threat = replace(threat, eps=eps)
-        return Entry(changed(self.attack, compact=False), threat, self.origin)
+    def within(self, eps: float) -> Entry:
+        """The same with another eps; what has no bound stays as it is."""
+        return self if self.threat is None else replace(self, threat=replace(self.threat, eps=eps))
 
 
 @final
@@ -107,37 +102,54 @@ class Preset:
         name: its name.
         entries: the attacks.
         transfers: attacks by gradients whose examples are made on other models.
+        blind: attacks by queries that stand in for those by gradients on a model that has none.
         in_turn: every attack is run on what those before it left, as in AutoAttack; otherwise each on all images.
         budget: what the masking checks may cost.
 
     Raises:
-        UsageError: there is no attack, or one that needs no gradients is to transfer.
+        UsageError: there is no attack; one that needs no gradients is to transfer, or one that does is blind.
     """
 
     name: str
     entries: tuple[Entry, ...]
     transfers: tuple[Entry, ...] = ()
+    blind: tuple[Entry, ...] = ()
     in_turn: bool = False
     budget: Budget = field(default_factory=Budget)
 
     def __post_init__(self) -> None:
         if not self.entries:
             raise UsageError("a preset needs attacks", where=f"preset {self.name}")
-        for entry in self.transfers:
-            if entry.queries:
-                raise UsageError(
-                    "only attacks by gradients transfer", where=f"preset {self.name}", got=entry.attack.name
-                )
+        for entries, queries in ((self.transfers, True), (self.blind, False)):
+            for entry in entries:
+                if entry.queries is queries:
+                    what = "only attacks by gradients transfer" if queries else "blind attacks only ask for outputs"
+                    raise UsageError(what, where=f"preset {self.name}", got=entry.attack.name)
 
     def batched(self, batch_size: int | None) -> Preset:
         """The same with ``batch_size`` images, or evaluations, per forward pass; None leaves every attack its own."""
         if batch_size is None:
             return self
-        return replace(
-            self,
-            entries=tuple(replace(e, attack=changed(e.attack, batch_size=batch_size)) for e in self.entries),
-            transfers=tuple(replace(e, attack=changed(e.attack, batch_size=batch_size)) for e in self.transfers),
+        entries, transfers, blind = (
+            tuple(replace(entry, attack=changed(entry.attack, batch_size=batch_size)) for entry in part)
+            for part in (self.entries, self.transfers, self.blind)
         )
+        return replace(self, entries=entries, transfers=transfers, blind=blind)
+
+    def against(self, *, gradients: bool) -> tuple[Entry, ...]:
+        """What attacks a model that has gradients, or one that has none."""
+        if gradients:
+            return self.entries
+        return merged([*(entry for entry in self.entries if entry.queries), *self.blind])
+
+
+def merged(entries: Iterable[Entry]) -> tuple[Entry, ...]:
+    """Attacks that occur several times in one threat model, once, with all their origins."""
+    found: dict[tuple[Attack, ThreatModel | None], list[str]] = {}
+    for entry in entries:
+        origins = found.setdefault((entry.attack, entry.threat), [])
+        origins += [] if entry.origin in origins else [entry.origin]
+    return tuple(Entry(attack, threat, "; ".join(origins)) for (attack, threat), origins in found.items())
 
 
 def changed(attack: Attack, **options: Any) -> Attack:
@@ -173,7 +185,8 @@ PRESETS: Final[Mapping[str, str]] = MappingProxyType(
 def _quick(threat: ThreatModel, channels: int) -> Preset:
     attacks = (FGSM(batch_size=BATCH), PGD(batch_size=BATCH), PGD(loss="margin", restarts=3, batch_size=BATCH))
     budget = Budget(images=100, queried_images=20)
-    return Preset("quick", tuple(Entry(attack, threat) for attack in attacks), _transfers(threat), budget=budget)
+    entries = tuple(Entry(attack, threat) for attack in attacks)
+    return Preset("quick", entries, _transfers(threat), (Entry(Square(queries=1000), threat),), budget=budget)
 
 
 def _standard(threat: ThreatModel, channels: int) -> Preset:
@@ -190,29 +203,29 @@ def _transfers(threat: ThreatModel) -> tuple[Entry, ...]:
 
 def _papers(threat: ThreatModel, channels: int) -> Preset:
     declared = [Entry(changed(entry.attack, compact=False), threat) for entry in _quick(threat, channels).entries]
-    entries = _merged([*declared, *_layerwise(channels), *_defensive(), *_low_bitwidth()])
-    return Preset("papers", entries, tuple(entry for entry in entries if not entry.queries))
+    white, gray = _layerwise(channels)
+    others = [*declared, *_defensive(), *_low_bitwidth()]
+    transfers = (entry for entry in [*others, *gray] if not entry.queries)
+    return Preset("papers", merged([*declared, *white, *others]), merged(transfers), (Entry(Square(), threat),))
 
 
-def _layerwise(channels: int) -> list[Entry]:
-    """Song, Ranjan, Li 2021; it leaves the eps values open: what is read for colour images is CIFAR-10's, for grey
-    ones MNIST's.
+def _layerwise(channels: int) -> tuple[list[Entry], list[Entry]]:
+    """Song, Ranjan, Li 2021: white box, and with a larger eps for iterative attacks, gray box.
+
+    The paper leaves the eps values open. What is read here for colour images is CIFAR-10's, for grey ones MNIST's.
     """
     weak, strong = (_linf(0.1), _linf(0.3)) if channels == 1 else (_linf(2 / 255), _linf(8 / 255))
     paper = "Song et al. 2021, section 6"
-    iterative = (
-        PGD(compact=False, batch_size=BATCH),
-        BIM(compact=False, batch_size=BATCH),
-        MIM(compact=False, batch_size=BATCH),
-    )  # fmt: skip
-    return [
+    steps = [kind(compact=False, batch_size=BATCH) for kind in (PGD, BIM, MIM)]
+    both = [
         Entry(Unbounded(GaussianNoise(strong.eps)), None, f"{paper}, Gaussian"),
         Entry(UniformNoise(), strong, f"{paper}, Random"),
         Entry(FGSM(batch_size=BATCH), weak, f"{paper}, FGSM weak"),
         Entry(FGSM(batch_size=BATCH), strong, f"{paper}, FGSM strong"),
-        *(Entry(attack, weak, paper, gray=strong) for attack in iterative),
         Entry(Unbounded(_cw()), None, f"{paper}, CW-L2"),
     ]
+    white, gray = ([*both, *(Entry(attack, eps, paper) for attack in steps)] for eps in (weak, strong))
+    return white, gray
 
 
 def _defensive() -> list[Entry]:
@@ -250,11 +263,3 @@ def _cw() -> CW:
 
 def _linf(eps: float) -> ThreatModel:
     return ThreatModel("linf", eps)
-
-
-def _merged(entries: Iterable[Entry]) -> tuple[Entry, ...]:
-    """Attacks that several papers have in the same threat model, once, with all their origins."""
-    found: dict[tuple[Attack, ThreatModel | None, ThreatModel | None], list[str]] = {}
-    for entry in entries:
-        found.setdefault((entry.attack, entry.threat, entry.gray), []).append(entry.origin)
-    return tuple(Entry(attack, threat, "; ".join(o), gray) for (attack, threat, gray), o in found.items())

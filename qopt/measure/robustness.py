@@ -211,7 +211,7 @@ class _Behind:
     lead: float
 
     def __call__(self, images: Tensor) -> Tensor:
-        logits = self.model(images).double()
+        logits = self.model(images)
         ahead = torch.zeros_like(logits)
         ahead[:, self.label] = self.lead
         return logits + ahead

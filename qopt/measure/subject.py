@@ -22,9 +22,13 @@ from qopt.passes.insert_activation_quantizers import quantizes_activations
 from qopt.runtime.session import Runner, to_bytes
 
 ABSORBED = frozenset(
-    {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Cast", "Identity", "Relu", "Clip"}
-)
-"""Operators that make no difference of structure; codes that start at zero take over a ReLU or Clip before them."""
+    {
+        "BatchNormalization", "Cast", "Clip", "DequantizeLinear", "DynamicQuantizeLinear", "Identity", "QuantizeLinear",
+        "Relu",
+    }
+)  # fmt: skip
+"""Operators that make no difference of structure: codes that start at zero take over a ReLU or Clip before them, and
+batch norms are folded in one file and not in another."""
 
 
 @final
@@ -41,7 +45,7 @@ class Subject:
         staircase: whether gradients meet quantized activations, which straight-through and BPDA pass differently.
         input_shape: shape of one image.
         content: SHA-256 of everything that computes: the file, weights beside it, what a factory builds.
-        outline: the operators of the graph with the shapes of their weights, in order, but for those that quantization
+        outline: the operators of the graph with the shapes of their weights, sorted, but for those that quantization
             adds or absorbs; empty where there is no twin. Equal ones are the same structure.
     """
 
@@ -125,11 +129,13 @@ def _outline(graph: GraphModule) -> tuple[str, ...]:
         if operator is not None and operator not in ABSORBED:
             sizes = [_sizes(graph, argument) for argument in node.args if isinstance(argument, Node)]
             steps.append(" ".join([operator, *filter(None, sizes)]))
-    return tuple(steps)
+    return tuple(sorted(steps))  # branches come in any order
 
 
 def _sizes(graph: GraphModule, node: Node) -> str:
-    return str(tuple(graph.get_buffer(str(node.target)).shape)) if node.op == "get_attr" else ""
+    """Of a weight; biases come and go with batch norms."""
+    shape = tuple(graph.get_buffer(str(node.target)).shape) if node.op == "get_attr" else ()
+    return str(shape) if len(shape) > 1 else ""
 
 
 def _image_shape(model: ir.Model, name: str) -> tuple[int, ...]:

@@ -91,7 +91,7 @@ def _transfers(found: Comparison) -> Section:
         tables.append((caption, _matrix_table(found, attack.accuracy, 1, clean)))
         names = ("clean images", *_names(found))
         values = (tuple(clean), *map(tuple, attack.accuracy))
-        maps.append(HeatMap(attack.name, names, _keys(found), values))
+        maps.append(HeatMap(caption, names, _keys(found), values))
     notes = (
         "Accuracy of the file of the column on examples that were made on the network of the row. "
         "Images that the source gets wrong from the start are left as they are.",

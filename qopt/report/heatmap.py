@@ -36,7 +36,8 @@ STYLE: Final = """:root {
 .heat { background: var(--page); font-family: system-ui, sans-serif; font-size: 12px; }
 .heat .name { fill: var(--ink); }
 .heat .title { fill: var(--ink); font-weight: 600; font-size: 13px; }
-.heat .missing { fill: none; stroke: var(--line); }
+.heat rect { stroke: var(--line); }
+.heat .missing { fill: none; stroke-dasharray: 3 3; }
 .heat .none { fill: var(--faint); }
 .heat .more { fill: var(--more); }
 .heat .less { fill: var(--less); }

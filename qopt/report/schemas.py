@@ -7,9 +7,16 @@ from typing import Any
 
 from qopt.documents import Document
 from qopt.plan import Plan
+from qopt.report.attack_report import AttackReport
+from qopt.report.comparison import Comparison
 from qopt.report.model import Report
 
-DOCUMENTS: dict[str, type[Document]] = {"plan": Plan, "report": Report}
+DOCUMENTS: dict[str, type[Document]] = {
+    "plan": Plan,
+    "report": Report,
+    "attack": AttackReport,
+    "comparison": Comparison,
+}
 """Name of the document to its model; the schema of ``plan`` is published as `docs/schemas/plan.schema.json`."""
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
