@@ -37,7 +37,12 @@ class Curve(Protocol):
 
     @property
     def slope(self) -> float:
-        """Its Lipschitz constant, between steps where it is a staircase."""
+        """``|f(x) - f(y)| <= slope |x - y| + jump``, float32 evaluation apart."""
+        ...
+
+    @property
+    def jump(self) -> float:
+        """The highest step of a staircase; 0 for what has a Lipschitz constant."""
         ...
 
     def range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,6 +120,7 @@ class Clamp:
     ceiling: Tensor
 
     slope = 1.0
+    jump = 0.0
 
     def __call__(self, x: Tensor) -> Tensor:
         """The function, in the type of ``x``."""
@@ -155,6 +161,7 @@ class Leaky:
     factor: Tensor
 
     slope = 1.0
+    jump = 0.0
 
     def __call__(self, x: Tensor) -> Tensor:
         """The function, in the type of ``x``."""
@@ -194,6 +201,8 @@ class Smooth:
     slope: float
     ulps: float = 8.0
 
+    jump = 0.0
+
     def _room(self, value: Tensor) -> Tensor:
         return self.ulps * (2 * UNIT * value.abs() + 2.0**-126)
 
@@ -210,9 +219,10 @@ class Smooth:
         """A constant, or the smaller end slope: then ``f(x) - slope x`` never falls and its ends are its extremes."""
         gentle = torch.minimum(self.derivative(low), self.derivative(high)) * (1 - 2.0**-20)
         slopes = [torch.zeros_like(low), gentle]
-        (bottom, top) = self.range(low, high)
-        points = [(low, bottom), (high, top)]
-        return _two_sides((slopes, slopes), (points, points), low, high)
+        bottom, top = self.function(low), self.function(high)
+        room = self._room(torch.maximum(bottom.abs(), top.abs()))
+        below, above = ([(low, bottom + sign * room), (high, top + sign * room)] for sign in (-1, 1))
+        return _two_sides((slopes, slopes), (below, above), low, high)
 
 
 @final
@@ -235,7 +245,16 @@ class Staircase:
     last: int
     codes: bool = False
 
-    slope = 1.0
+    @property
+    def slope(self) -> float:
+        """1, or codes per unit; with room for the rounding of the quotient."""
+        return (1.0 / float(self.step.min()) if self.codes else 1.0) * (1 + 8 * UNIT)
+
+    @property
+    def jump(self) -> float:
+        """One step, or one code; the rounding of both quotients is of the size of a unit of a code."""
+        room = 1 + 8 * UNIT * max(abs(self.first), abs(self.last), 1)
+        return room * (1.0 if self.codes else float(self.step.max()))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Of float32 numbers, as QuantizeLinear and DequantizeLinear compute it."""
@@ -273,16 +292,16 @@ class Staircase:
         below = [(high, top), (inside(before + step / 2), before), (inside(bottom + step / 2), bottom)]
         found = _two_sides((slopes[0], slopes[1]), (below, above), low, high)
         # where float32 puts a corner: a few units of the quotient beside it
-        room = 8 * UNIT * (torch.maximum(low.abs(), high.abs()) + step)
+        room = torch.where(several, 8 * UNIT * (torch.maximum(low.abs(), high.abs()) + step), 0.0)
         lines = Lines(found.low_slope, found.low - room, found.high_slope, found.high + room)
         return self._in_codes(lines, step, zero, low, high) if self.codes else lines
 
     def _in_codes(self, lines: Lines, step: Tensor, zero: Tensor, low: Tensor, high: Tensor) -> Lines:
-        """``code = value / step + zero``; rounding the slope to float32 moves the line by a unit at the far end."""
+        """``code = value / step + zero``; rounding slope and values to float32 moves the line by a few units."""
         far = torch.maximum(low.abs(), high.abs())
         parts = []
         for slope, intercept, side in ((lines.low_slope, lines.low, -1), (lines.high_slope, lines.high, 1)):
             steep = (slope / step).to(torch.float32).double()
-            room = 4 * UNIT * steep.abs() * far + _OUTWARD * (intercept.abs() / step + zero.abs())
+            room = 4 * UNIT * (steep.abs() * far + intercept.abs() / step) + _OUTWARD * zero.abs()
             parts += [steep, intercept / step + zero + side * room]
         return Lines(*parts)

@@ -14,15 +14,12 @@ from typing import Any, Final, Protocol, Self, final
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 
 Shape = tuple[int, ...]
 
 _CONV: Final[dict[int, Any]] = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
-_CONV_INPUT: Final[dict[int, Any]] = {
-    1: torch.nn.grad.conv1d_input,
-    2: torch.nn.grad.conv2d_input,
-    3: torch.nn.grad.conv3d_input,
-}
+_CONV_INPUT: Final[dict[int, Any]] = {1: conv1d_input, 2: conv2d_input, 3: conv3d_input}
 
 
 class Map(Protocol):
@@ -212,7 +209,7 @@ class Pick:
 
     Attributes:
         index: int64, the output's shape: which element of the flattened source; -1 for a constant.
-        offset: the constants (0 elsewhere), None where there are none.
+        offset: the constants, float32 numbers (0 elsewhere), None where there are none.
         source: the source's shape.
     """
 
@@ -268,4 +265,4 @@ def picked(function: Callable[[Tensor], Tensor], source: Shape) -> Pick:
     if zeros.ndim == 0 or zeros.shape[0] != 1:
         raise ValueError("the batch axis does not stay in front")
     index = (function(places) - zeros)[0].round().to(torch.int64) - 1
-    return Pick(index, zeros[0] if bool(zeros.any()) else None, source)
+    return Pick(index, zeros[0].float().double() if bool(zeros.any()) else None, source)

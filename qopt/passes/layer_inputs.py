@@ -16,7 +16,8 @@ MAX_COLUMNS = 4608
 """Layers with longer rows than this are left out: the moment of a row of 4608 takes 170 MB already."""
 
 PATCHES = 1 << 20
-"""Inputs unfolded at a time, 4 MB: all patches of a batch would take gigabytes."""
+"""Inputs unfolded at a time, 4 MB, or half as many as a moment has entries: all patches of a batch would take
+gigabytes, and with fewer positions than that adding up moments takes longer than computing them."""
 
 BLOCK = 96
 """Columns of a symmetric product that are computed at a time, at least; narrower blocks cost more than they save."""
@@ -49,7 +50,8 @@ def input_rows(node: Node, args: Sequence[Any]) -> Iterator[Tensor]:
     x = functional.pad(x, (before[1], after[1], before[0], after[0]))
     height, width = weight.shape[2:]
     area = weight[0, 0].numel() * x[0].numel() // (stride[0] * stride[1])
-    for images in torch.split(x, max(1, PATCHES // max(area, 1))):
+    patches = max(PATCHES, weight[0].numel() ** 2 // 2)
+    for images in torch.split(x, max(1, patches // max(area, 1))):
         windows = images.unfold(2, dilation[0] * (height - 1) + 1, stride[0])
         windows = windows.unfold(3, dilation[1] * (width - 1) + 1, stride[1])[..., :: dilation[0], :: dilation[1]]
         # positions last: the one copy of all patches then moves whole lines of the image
