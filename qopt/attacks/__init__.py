@@ -46,6 +46,7 @@ from qopt.attacks.rfgsm import RFGSM
 from qopt.attacks.score import accuracy_vector, predict, probability_warning, worst_case
 from qopt.attacks.spsa import SPSA
 from qopt.attacks.square import Square
+from qopt.attacks.uncertified import Uncertified
 from qopt.attacks.worst import worst_of
 from qopt.attacks.zoo import ZOO
 
@@ -75,7 +76,7 @@ __all__ = [
     "ReferencePart",
     "Shift",
     "Square",
-    "UniformNoise",
+    "Uncertified", "UniformNoise",
     "Verdict",
     "Vote",
     "Within",
