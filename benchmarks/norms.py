@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from qopt.lipschitz import NormBound, as_matrix, reshaped_l2
-from qopt.lipschitz.decide import CandidateNorms, decide, least_error
+from qopt.lipschitz.decide import CandidateNorms, choose, decide
 from qopt.quant.weights import quantize_whole
 from qopt.search.thresholds import paper_thresholds
 from qopt.spec import WeightSpec
@@ -118,30 +118,23 @@ class Measured:
         return self.seconds["numpy SVD"] / self.seconds[route]
 
 
-def algorithm_one(met: list[bool], least: Callable[[list[int]], int], less: Callable[[int, int], bool]) -> int:
+def by_table(met: list[bool], errors: list[float]) -> int:
     """Index into `SPECS` that Algorithm 1 takes, with the fall-through of `qopt.search.lipschitz`."""
     picks = []
     for first in (0, len(BITS)):
-        own = list(range(first, first + len(BITS)))
-        picks.append(next((i for i in own if met[i]), None))
-        if picks[-1] is None:
-            picks[-1] = own[least(own)]
-    linear, log = picks
-    assert linear is not None
-    assert log is not None
-    return linear if less(linear, log) else log
+        own = range(first, first + len(BITS))
+        picks.append(next((i for i in own if met[i]), min(own, key=lambda i: errors[i])))
+    return picks[0] if errors[picks[0]] < errors[picks[1]] else picks[1]
 
 
 def lazily(weight: Tensor, quantized: list[Tensor]) -> tuple[list[bool], int, int]:
-    """The decisions of the lazy route, its choice, and how many norms it computed."""
+    """Which formats meet both thresholds, Algorithm 1's choice, and how many norms the lazy route computed."""
     whole = reshaped_l2(weight)
     candidates = [CandidateNorms.of(weight, q, whole) for q in quantized]
-    met = decide(candidates, *paper_thresholds(whole.upper))
-    chosen = algorithm_one(
-        met, lambda own: least_error([candidates[i] for i in own]),
-        lambda a, b: candidates[a].error.less_than(candidates[b].error),
-    )  # fmt: skip
-    return met, chosen, 1 + sum(c.norm.computed + c.error.computed for c in candidates)
+    thresholds = paper_thresholds(whole.upper)
+    met = decide(candidates, *thresholds)
+    chosen, _ = choose(candidates[: len(BITS)], candidates[len(BITS) :], *thresholds)
+    return met, candidates.index(chosen), 1 + sum(c.norm.computed + c.error.computed for c in candidates)
 
 
 def every(weight: Tensor, quantized: list[Tensor]) -> tuple[list[bool], int]:
@@ -168,14 +161,11 @@ def measure_layer(found: Measured, weight: Tensor, estimates: bool) -> None:
     expected = [(e.accepts(most_error), n.accepts(most_norm)) for n, e in table]
     both = [all(pair) for pair in expected]
     errors = [e.value for _, e in table]
-    by_table = algorithm_one(
-        both, lambda own: int(np.argmin([errors[i] for i in own])), lambda a, b: errors[a] < errors[b]
-    )
     found.norms += 2 * len(table)
     found.computed += computed
     found.met += sum(both)
     found.chosen[str(SPECS[chosen])] += 1
-    found.wrong["lazy"] += sum(a != b for a, b in zip(met, both, strict=True)) + (chosen != by_table)
+    found.wrong["lazy"] += sum(a != b for a, b in zip(met, both, strict=True)) + (chosen != by_table(both, errors))
     found.wrong["lazy, all"] += sum(a != b for a, b in zip(answers, [x for p in expected for x in p], strict=True))
     if estimates:
         measure_estimates(found, weight, quantized, table, (most_norm, most_error))
@@ -225,9 +215,8 @@ def report(name: str, spectrum: str, found: Measured) -> list[str]:
         if route in found.seconds:
             ratio = f"{found.ratio(route):.1f}" if "numpy SVD" in found.seconds else ""
             error = f"{found.error[route]:+.1e}" if route in found.error else "bounds"
-            lines.append(
-                f"| {labels.get(route, route)} | {found.seconds[route]:.2f} | {ratio} | {error} | {found.wrong[route]} |"
-            )
+            label, seconds, wrong = labels.get(route, route), found.seconds[route], found.wrong[route]
+            lines.append(f"| {label} | {seconds:.2f} | {ratio} | {error} | {wrong} |")
     picks = ", ".join(f"{spec} x {count}" for spec, count in found.chosen.most_common())
     return [
         *lines, "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from scipy.linalg import eigvalsh
 from torch import Tensor
 
 from qopt.errors import CorruptModelError, UsageError
@@ -13,6 +14,12 @@ from qopt.lipschitz.bound import NormBound
 METHOD = "gram+eigvalsh"
 
 EPS = torch.finfo(torch.float64).eps
+
+WIDE = 200
+"""Exponents of two of largest entries up to which squares neither overflow nor vanish, and nothing is scaled."""
+
+SMALL = 128
+"""Sides of Gram matrices from which on it pays to compute one eigenvalue instead of all."""
 
 
 def spectral_norm(matrix: Tensor, *, where: str = "matrix") -> NormBound:
@@ -37,37 +44,59 @@ def spectral_norms(matrices: Tensor, *, where: str = "matrices") -> list[NormBou
         )
     wide = finite(matrices, where)
     wide = wide if wide.shape[1] <= wide.shape[2] else wide.mT
-    exponents = torch.frexp(wide.abs().amax(dim=(1, 2))).exponent
-    scaled = _times_power_of_two(wide, -exponents[:, None, None])
-    eigenvalues = torch.linalg.eigvalsh(scaled @ scaled.mT)[:, -1]
-    slack = _rounding(scaled)
+    least, most = wide.amin(dim=(1, 2)), wide.amax(dim=(1, 2))
+    exponents = torch.frexp(torch.maximum(-least, most)).exponent
+    if int(exponents.abs().max()) > WIDE:
+        wide = times_power_of_two(wide, -exponents[:, None, None])
+    else:
+        exponents = torch.zeros_like(exponents)
+    grams = _grams(wide)
+    slack = _rounding(grams, wide.shape[2])
     return [
         bound_of_eigenvalue(eigenvalue, eigenvalue, error, int(exponent), METHOD)
-        for eigenvalue, error, exponent in zip(eigenvalues.tolist(), slack.tolist(), exponents.tolist(), strict=True)
+        for eigenvalue, error, exponent in zip(top_eigenvalues(grams), slack.tolist(), exponents.tolist(), strict=True)
     ]
+
+
+def _grams(wide: Tensor) -> Tensor:
+    """``A A^T`` of each matrix: numpy sees that it is symmetric and does half the work."""
+    if len(wide) > 1:
+        return wide @ wide.mT
+    matrix = wide[0].numpy()
+    return torch.from_numpy(matrix @ matrix.T)[None]
+
+
+def top_eigenvalues(grams: Tensor) -> list[float]:
+    """The largest eigenvalue of each symmetric matrix."""
+    side = grams.shape[1]
+    if len(grams) > 1 or side < SMALL:
+        return [float(value) for value in torch.linalg.eigvalsh(grams)[:, -1]]
+    last = [side - 1, side - 1]
+    return [float(eigvalsh(grams[0].numpy(), subset_by_index=last, check_finite=False)[0])]
 
 
 def finite(tensor: Tensor, where: str) -> Tensor:
     """``tensor`` in float64 on the CPU; raises CorruptModelError for entries that are not finite float32 numbers."""
-    if not bool(torch.isfinite(tensor.to(torch.float32)).all()):
+    ends = torch.stack(torch.aminmax(tensor.detach())) if tensor.numel() else tensor
+    if not bool(torch.isfinite(ends.to(torch.float32)).all()):
         raise CorruptModelError("entries that are not finite float32 numbers", where=where)
     return tensor.detach().to("cpu", torch.float64)
 
 
-def _times_power_of_two(wide: Tensor, exponents: Tensor) -> Tensor:
+def times_power_of_two(wide: Tensor, exponents: Tensor) -> Tensor:
     """Exact, so that squares neither overflow nor vanish; in two steps, because 2**1074 is no float64."""
     half = exponents.div(2, rounding_mode="floor")
     return wide * torch.exp2(half.to(torch.float64)) * torch.exp2((exponents - half).to(torch.float64))
 
 
-def _rounding(scaled: Tensor) -> Tensor:
+def _rounding(grams: Tensor, columns: int) -> Tensor:
     """How far the computed top eigenvalue of A A^T may be off: ``4 (m + n) eps ||A||_F^2``, per matrix.
 
     The product is off by at most ``n eps/2 / (1 - n eps/2) ||A||_F^2`` in norm (Higham 2002, equation 3.13), the
-    eigenvalues by a small multiple of ``m eps ||A A^T||`` (backward stability and Weyl), and the sum of squares by
-    itself by a part of ``m n eps``; the factor 4 covers all of it.
+    eigenvalues by a small multiple of ``m eps ||A A^T||`` (backward stability and Weyl), and the sum of squares, the
+    trace, by itself by a part of ``(m + n) eps``; the factor 4 covers all of it.
     """
-    return 4 * (scaled.shape[1] + scaled.shape[2]) * EPS * scaled.square().sum(dim=(1, 2))
+    return 4 * (grams.shape[1] + columns) * EPS * grams.diagonal(dim1=1, dim2=2).sum(dim=1)
 
 
 def bound_of_eigenvalue(low: float, high: float, error: float, exponent: int, method: str) -> NormBound:
