@@ -30,10 +30,10 @@ BATCH = 32
 SENSITIVITY_IMAGES = 128
 """Images on which layers are quantized one at a time: sensitivities differ by orders of magnitude."""
 
-SENSITIVITY_MACS = 10**13
+SENSITIVITY_MACS = 5 * 10**12
 """Multiplications for all of it, minutes on two cores; fewer images, but `LEAST_SENSITIVITY_IMAGES`, where more."""
 
-LEAST_SENSITIVITY_IMAGES = 16
+LEAST_SENSITIVITY_IMAGES = 8
 """One image of 1000 classes tells more than one of ten."""
 
 Sensitivities = Mapping[tuple[str, WeightSpec], float]
