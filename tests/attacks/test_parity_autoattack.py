@@ -28,9 +28,9 @@ from qopt.measure.network import TwinClassifier
 from qopt.threat import Norm, ThreatModel
 
 pytest.importorskip("pyautoattack", reason="pyautoattack is not installed")
-from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted  # type: ignore[import-untyped]
-from pyautoattack.fab_pt import FABAttack_PT  # type: ignore[import-untyped]
-from pyautoattack.square import SquareAttack  # type: ignore[import-untyped]
+from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+from pyautoattack.fab_pt import FABAttack_PT
+from pyautoattack.square import SquareAttack
 
 NORMS: tuple[Norm, ...] = get_args(Norm)
 CLASSES = 6
