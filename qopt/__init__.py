@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from qopt.job.bundle import Bundle
     from qopt.plan import Plan
     from qopt.report.attack_report import AttackReport
+    from qopt.report.certify_report import CertifyReport
     from qopt.report.comparison import Comparison
     from qopt.report.model import Report
 
 _HOME = {
     "AttackReport": "qopt.report.attack_report",
     "Bundle": "qopt.job.bundle",
+    "CertifyReport": "qopt.report.certify_report",
     "Comparison": "qopt.report.comparison",
     "Data": "qopt.data",
     "Options": "qopt.config",
@@ -40,6 +42,7 @@ _HOME = {
 __all__ = [
     "AttackReport",
     "Bundle",
+    "CertifyReport",
     "Comparison",
     "Data",
     "Options",

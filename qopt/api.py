@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from qopt.cache import Cache
+from qopt.certify.certificate import Method
 from qopt.config import resolve_options
 from qopt.data import Data, load_data
 from qopt.errors import UsageError
@@ -19,6 +20,7 @@ from qopt.graph.to_onnx import module_to_onnx
 from qopt.job.attack import AttackTask, Source, attack_model
 from qopt.job.attack_rows import Gradients
 from qopt.job.bundle import Bundle
+from qopt.job.certify import CertifyTask, certify_model
 from qopt.job.command import reproduce
 from qopt.job.compare import compare
 from qopt.job.optimize import Task, optimize_model
@@ -26,9 +28,10 @@ from qopt.measure.network import Normalisation
 from qopt.measure.presets import Preset
 from qopt.plan import Plan, read_plan
 from qopt.report.attack_report import AttackReport
+from qopt.report.certify_report import CertifyReport
 from qopt.threat import Norm, parse_eps
 
-__all__ = ["attack", "compare", "load", "optimize"]
+__all__ = ["attack", "certify", "compare", "load", "optimize"]
 
 
 def optimize(
@@ -176,6 +179,56 @@ def attack(
         None if save is None else Path(save),
     )  # fmt: skip
     return attack_model(task, Cache(None if cache is None else Path(cache)), progress or (lambda step: None))
+
+
+def certify(
+    model: str | Path,
+    *,
+    data: str | Path | Data,
+    norm: Norm = "linf",
+    eps: float | str | None = None,
+    method: Method = "backward",
+    images: int = 200,
+    radius: bool = False,
+    seed: int = 0,
+    factory: str | None = None,
+    trust: bool = False,
+    input_shape: tuple[int, ...] | None = None,
+    threads: int = 1,
+    cache: str | Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> CertifyReport:
+    """Prove for each image of a model file that nothing in the ball changes its class; attack the images without proof.
+
+    Args:
+        model: a file as `attack` takes it, whose images are in [0, 1]: normalisation, if any, lies inside.
+        data: as of `attack`.
+        norm: of the threat model, ``linf`` or ``l2``.
+        eps: its radius, pixels in [0, 1], as a number or like ``"1/255"``; None for 8/255, or 0.1 for grey images.
+        method: the tightest bounds to try: ``interval``, ``backward-interval`` (CROWN-IBP) or ``backward`` (CROWN).
+        images: how many are looked at, at most.
+        radius: also bisect every image's certified radius up to ``eps``.
+        seed: of the attack.
+        factory: ``package.module:name`` of the network that a state dict belongs to.
+        trust: load formats that can run code.
+        input_shape: shape of one image, where the file does not tell.
+        threads: of ONNX Runtime.
+        cache: folder that keeps bounds by content; None keeps nothing.
+        progress: told the name of each step as it begins.
+
+    Returns:
+        The report; ``report.certified_accuracy`` is the one number, in percent.
+
+    Raises:
+        UsageError: a wrong option or path, or images or labels that do not fit (exit code 2).
+        ModelError: a model that cannot be loaded, classifies no images, or has an operator without bounds (3).
+    """
+    task = CertifyTask(
+        Path(model), load_data(str(data)) if isinstance(data, str | Path) else data, norm,
+        parse_eps(eps) if isinstance(eps, str) else eps, method, images, radius, seed, factory, trust, input_shape,
+        threads,
+    )  # fmt: skip
+    return certify_model(task, Cache(None if cache is None else Path(cache)), progress or (lambda step: None))
 
 
 def load(

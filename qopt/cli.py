@@ -10,6 +10,8 @@ import typer
 from qopt._version import __version__
 from qopt.commands.attack import EXAMPLES as ATTACK_EXAMPLES
 from qopt.commands.attack import attack
+from qopt.commands.certify import EXAMPLES as CERTIFY_EXAMPLES
+from qopt.commands.certify import certify
 from qopt.commands.compare import compare
 from qopt.commands.doctor import doctor
 from qopt.commands.optimize import EXAMPLES, optimize
@@ -70,6 +72,7 @@ def root(
 app.command(epilog=EXAMPLES)(optimize)
 app.command()(compare)
 app.command(epilog=ATTACK_EXAMPLES)(attack)
+app.command(epilog=CERTIFY_EXAMPLES)(certify)
 app.command()(doctor)
 app.command()(plugins)
 app.add_typer(plan, name="plan")

@@ -18,6 +18,7 @@ def test_exported_names() -> None:
     assert qopt.__all__ == [
         "AttackReport",
         "Bundle",
+        "CertifyReport",
         "Comparison",
         "Data",
         "Options",

@@ -8,6 +8,7 @@ from typing import Any
 from qopt.documents import Document
 from qopt.plan import Plan
 from qopt.report.attack_report import AttackReport
+from qopt.report.certify_report import CertifyReport
 from qopt.report.comparison import Comparison
 from qopt.report.model import Report
 
@@ -16,6 +17,7 @@ DOCUMENTS: dict[str, type[Document]] = {
     "report": Report,
     "attack": AttackReport,
     "comparison": Comparison,
+    "certificates": CertifyReport,
 }
 """Name of the document to its model; the schema of ``plan`` is published as `docs/schemas/plan.schema.json`."""
 
