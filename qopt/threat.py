@@ -41,6 +41,14 @@ def parse_eps(text: str) -> float:
     return ThreatModel(eps=value).eps
 
 
+def declared_threat(norm: Norm, eps: float | None, shape: tuple[int, ...]) -> ThreatModel:
+    """What was declared on images of ``shape``; the radius is that of `default_threat` where ``eps`` is None.
+
+    Images that are no stack of channels count as grey. Raises UsageError as `ThreatModel` does.
+    """
+    return ThreatModel(norm, default_threat(shape[0] if len(shape) == 3 else 1).eps if eps is None else eps)
+
+
 def default_threat(channels: int) -> ThreatModel:
     """linf 8/255 for images of three channels, 0.1 for one; printed wherever it was not declared."""
     return ThreatModel("linf", 0.1 if channels == 1 else 8 / 255)

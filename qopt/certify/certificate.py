@@ -88,16 +88,29 @@ def certify(
         DataError: images or labels that do not fit.
         UsageError: an unknown method.
     """
+    margins = margins_by_method(twin, images, labels, threat, method=method, work=work)[method]
+    return Certificate(margins, margins > 0, method)
+
+
+def margins_by_method(
+    twin: GraphModule, images: Tensor, labels: Tensor, threat: ThreatModel, *, method: Method = "backward",
+    work: float = WORK,
+) -> dict[Method, Tensor]:  # fmt: skip
+    """The margins, float64 (n,), that each of `tried` and those before it prove: the last are `certify`'s.
+
+    Arguments and errors of `certify`.
+    """
     _check_method(method)
     network = read(twin, tuple(images.shape[1:]))
     _check_labels(labels, images, network.classes)
-    margins = torch.cat(
-        [
-            _margins(network, part, truth, threat, method, work)
-            for part, truth in zip(torch.split(images, IMAGES), torch.split(labels, IMAGES), strict=True)
-        ]
-    )
-    return Certificate(margins, margins > 0, method)
+    parts = zip(torch.split(images, IMAGES), torch.split(labels, IMAGES), strict=True)
+    found = [_margins(network, part, truth, threat, method, work) for part, truth in parts]
+    return {one: torch.cat([margins[one] for margins in found]) for one in tried(method)}
+
+
+def tried(method: Method) -> tuple[Method, ...]:
+    """The methods up to ``method``, from the cheapest on."""
+    return METHODS[: METHODS.index(method) + 1]
 
 
 def radii(
@@ -138,23 +151,23 @@ def agreement(
     ends = []
     for part in torch.split(images, IMAGES):
         ball, rows = Ball.around(part, threat), torch.cat([eye, -eye]).expand(len(part), -1, -1)
-        tried = METHODS[: METHODS.index(method) + 1]
-        ends.append(torch.stack([_lower(network, ball, rows, one, work) for one in tried]).amax(0))
+        ends.append(torch.stack([_lower(network, ball, rows, one, work) for one in tried(method)]).amax(0))
     found = torch.cat(ends)
     return Agreement(found[:, : network.classes], -found[:, network.classes :], method)
 
 
 def _margins(
     network: Network, images: Tensor, labels: Tensor, threat: ThreatModel, method: Method, work: float
-) -> Tensor:
-    best = torch.full((len(images),), -torch.inf, dtype=torch.float64)
-    for tried in METHODS[: METHODS.index(method) + 1]:
+) -> dict[Method, Tensor]:
+    best, found = torch.full((len(images),), -torch.inf, dtype=torch.float64), {}
+    for one in tried(method):
         rows = torch.nonzero(best <= 0).flatten()
         if len(rows):
             ball = Ball.around(images[rows], threat)
-            found = _lower(network, ball, specification(labels[rows], network.classes), tried, work)
-            best[rows] = torch.maximum(best[rows], found.amin(1))
-    return best
+            lower = _lower(network, ball, specification(labels[rows], network.classes), one, work)
+            best[rows] = torch.maximum(best[rows], lower.amin(1))
+        found[one] = best.clone()
+    return found
 
 
 def _lower(network: Network, ball: Ball, rows: Tensor, method: Method, work: float) -> Tensor:

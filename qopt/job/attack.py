@@ -25,7 +25,7 @@ from qopt.measure.presets import Preset, merged, preset
 from qopt.measure.subject import Subject, open_subject
 from qopt.report.attack_report import Access, AttackReport
 from qopt.seeds import derive
-from qopt.threat import Norm, ThreatModel, default_threat, parse_eps
+from qopt.threat import Norm, ThreatModel, declared_threat, parse_eps
 
 NEEDS_FACTORY = (Format.STATE_DICT, Format.SAFETENSORS, Format.LEGACY_PICKLE)
 
@@ -173,7 +173,7 @@ def _judge(task: AttackTask, subject: Subject) -> Judged:
     labels = check_labels(labels, *logits.shape)
     clean = logits.argmax(1) == labels
     channels = subject.input_shape[0] if len(subject.input_shape) == 3 else 1
-    threat = ThreatModel(task.norm, default_threat(channels).eps if task.eps is None else task.eps)
+    threat = declared_threat(task.norm, task.eps, subject.input_shape)
     suite = preset(task.preset, threat, channels) if isinstance(task.preset, str) else task.preset
     warnings = [text for text in (probability_warning(logits), _chance(clean, logits.shape[1])) if text]
     agreement = None

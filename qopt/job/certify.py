@@ -13,7 +13,7 @@ from torch import Tensor
 from qopt.attacks import PGD, predict
 from qopt.attacks.score import check_labels
 from qopt.cache import Cache, digest_arrays
-from qopt.certify.certificate import METHODS, Method, certify, radii
+from qopt.certify.certificate import METHODS, Method, margins_by_method, radii, tried
 from qopt.data import Data
 from qopt.errors import UsageError, VerificationError, nearest
 from qopt.job.rows import share
@@ -23,7 +23,7 @@ from qopt.measure.robustness import Setting, reach
 from qopt.measure.subject import Subject, open_subject
 from qopt.report.certify_report import CertifyReport, MethodRow
 from qopt.seeds import derive
-from qopt.threat import Norm, ThreatModel, default_threat
+from qopt.threat import Norm, ThreatModel, declared_threat
 
 CHECKED: Final = 3
 """Steps of the attack that certified images must withstand: whoever finds one has found a bug of qopt."""
@@ -98,12 +98,10 @@ def certify_model(task: CertifyTask, cache: Cache, progress: Progress) -> Certif
     images, labels = torch.from_numpy(part.images), torch.from_numpy(part.labels)
     logits = predict(subject.artefact, images)
     labels = check_labels(labels, *logits.shape)
-    channels = subject.input_shape[0] if len(subject.input_shape) == 3 else 1
-    threat = ThreatModel(task.norm, default_threat(channels).eps if task.eps is None else task.eps)
-    clean, margins = logits.argmax(1) == labels, {}
-    for method in METHODS[: METHODS.index(task.method) + 1]:
-        progress(f"bounds: {method}")
-        margins[method] = _margins(subject, images, labels, threat, method, cache)
+    threat = declared_threat(task.norm, task.eps, subject.input_shape)
+    clean = logits.argmax(1) == labels
+    progress(f"bounds: {task.method}")
+    margins = _margins(subject, images, labels, threat, task.method, cache)
     certified = clean & (margins[task.method] > 0)
     progress("attack what is not certified")
     attacked = _attacked(subject, images, labels, threat, certified, task.seed)
@@ -114,16 +112,18 @@ def certify_model(task: CertifyTask, cache: Cache, progress: Progress) -> Certif
 
 def _margins(
     subject: Subject, images: Tensor, labels: Tensor, threat: ThreatModel, method: Method, cache: Cache
-) -> Tensor:
+) -> dict[str, Tensor]:
     key = {
         "file": subject.content, "images": digest_arrays(images.numpy(), labels.numpy()), "method": method,
         "threat": [threat.norm, threat.eps],
     }  # fmt: skip
 
     def compute() -> dict[str, np.ndarray]:
-        return {"margins": certify(_twin(subject).graph, images, labels, threat, method=method).margins.numpy()}
+        found = margins_by_method(_twin(subject).graph, images, labels, threat, method=method)
+        return {name: margins.numpy() for name, margins in found.items()}
 
-    return torch.from_numpy(cache.arrays("certificates", key, compute)["margins"])
+    stored = cache.arrays("certificates", key, compute)
+    return {name: torch.from_numpy(stored[name]) for name in tried(method)}
 
 
 def _attacked(

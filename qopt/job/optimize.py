@@ -36,7 +36,7 @@ from qopt.measure.network import Normalisation
 from qopt.plan import Plan
 from qopt.quantize import ROUNDINGS, Applied, Quantizer, WeightOnly, whole_batches
 from qopt.spec import ActivationSpec
-from qopt.threat import ThreatModel, default_threat
+from qopt.threat import ThreatModel, declared_threat
 
 
 @final
@@ -254,9 +254,7 @@ def _target(options: Options) -> Target:
 
 
 def _threat(options: Options, prepared: Prepared) -> ThreatModel:
-    """The declared threat model; images that are no stack of channels count as grey."""
-    channels = prepared.input_shape[0] if len(prepared.input_shape) == 3 else 1
-    return ThreatModel(options.norm, default_threat(channels).eps if options.eps is None else options.eps)
+    return declared_threat(options.norm, options.eps, prepared.input_shape)
 
 
 def _check_labels(data: Data, classes: int) -> None:
