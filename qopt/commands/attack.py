@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from qopt.commands.running import cache_folder, image_shape, numbers
-from qopt.errors import InterruptedRunError, UsageError
+from qopt.commands.running import cache_folder, image_shape, numbers, working
+from qopt.errors import UsageError
 
 EXAMPLES = """
 Examples:
@@ -83,21 +83,12 @@ def _check(norm: str, eps: str | None, save: Path | None) -> None:
 
 
 def _run(model: Path, data: str, quiet: bool, threads: int | None, options: dict[str, Any], *, kept: bool) -> Any:
-    from qopt.progress import reporter
-    from qopt.quiet import stdout_to_stderr
-
     if threads is not None and threads < 1:
         raise UsageError("must be at least 1", where="--threads", got=str(threads))
-    try:
-        with reporter(quiet) as progress, stdout_to_stderr():
-            progress("load")
-            import torch
+    fix = "the same command goes on where it stopped" if kept else None
+    with working(quiet, threads, fix) as progress:
+        import torch
 
-            from qopt.api import attack as attack_file
+        from qopt.api import attack as attack_file
 
-            if threads is not None:
-                torch.set_num_threads(threads)
-            return attack_file(model, data=data, threads=torch.get_num_threads(), progress=progress, **options)
-    except KeyboardInterrupt:  # the command framework would end without a word
-        fix = "the same command goes on where it stopped" if kept else None
-        raise InterruptedRunError("interrupted, nothing was written", fix=fix) from None
+        return attack_file(model, data=data, threads=torch.get_num_threads(), progress=progress, **options)

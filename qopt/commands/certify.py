@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from qopt.commands.running import cache_folder, image_shape
-from qopt.errors import InterruptedRunError, UsageError
+from qopt.commands.running import cache_folder, image_shape, working
+from qopt.errors import UsageError
 
 EXAMPLES = """
 Examples:
@@ -62,21 +62,10 @@ def certify(
 
 
 def _run(model: Path, data: str, quiet: bool, threads: int | None, cache: bool, options: dict[str, Any]) -> Any:
-    from qopt.progress import reporter
-    from qopt.quiet import stdout_to_stderr
+    with working(quiet, threads) as progress:
+        import torch
 
-    try:
-        with reporter(quiet) as progress, stdout_to_stderr():
-            progress("load")
-            import torch
+        from qopt.api import certify as certify_file
 
-            from qopt.api import certify as certify_file
-
-            if threads is not None:
-                torch.set_num_threads(threads)
-            kept = cache_folder() if cache else None
-            return certify_file(
-                model, data=data, threads=torch.get_num_threads(), cache=kept, progress=progress, **options
-            )
-    except KeyboardInterrupt:  # the command framework would end without a word
-        raise InterruptedRunError("interrupted, nothing was written") from None
+        kept = cache_folder() if cache else None
+        return certify_file(model, data=data, threads=torch.get_num_threads(), cache=kept, progress=progress, **options)

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qopt.commands.running import cache_folder, check_folder, numbers
-from qopt.errors import InterruptedRunError
+from qopt.commands.running import cache_folder, check_folder, numbers, working
 
 ATTACK = "fgsm, bim, pgd, cw or spsa; repeatable. [all but pgd]"
 
@@ -52,22 +51,13 @@ def compare(
 
 def _run(models: list[Path], data: str, threads: int | None, quiet: bool, options: dict[str, Any]) -> Any:
     """The comparison, and its tables for a terminal; progress goes to stderr."""
-    from qopt.progress import reporter
-    from qopt.quiet import stdout_to_stderr
+    with working(quiet, threads) as progress:
+        import torch
 
-    try:
-        with reporter(quiet) as progress, stdout_to_stderr():
-            progress("load")
-            import torch
+        from qopt.job.compare import compare as compare_files
+        from qopt.report.comparison_views import text
 
-            from qopt.job.compare import compare as compare_files
-            from qopt.report.comparison_views import text
-
-            if threads is not None:
-                torch.set_num_threads(threads)
-            found = compare_files(
-                models, data=data, threads=threads or torch.get_num_threads(), progress=progress, **options
-            )
-            return found, text(found)
-    except KeyboardInterrupt:  # the command framework would end without a word
-        raise InterruptedRunError("interrupted, nothing was written") from None
+        found = compare_files(
+            models, data=data, threads=threads or torch.get_num_threads(), progress=progress, **options
+        )
+        return found, text(found)

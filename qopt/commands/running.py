@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,19 @@ def run_job(model: str, quiet: bool, threads: int | None, **arguments: Any) -> A
         InterruptedRunError: Ctrl-C; nothing was written.
         QoptError: as `qopt.optimize` raises it.
     """
+    with working(quiet, threads) as progress:
+        from qopt.api import optimize as compile_model
+
+        return compile_model(model, progress=progress, **arguments)
+
+
+@contextmanager
+def working(quiet: bool, threads: int | None, fix: str | None = None) -> Iterator[Callable[[str], None]]:
+    """Around the work of a command: what it is told goes to stderr, nothing of libraries to stdout; CPU threads.
+
+    Raises:
+        InterruptedRunError: Ctrl-C; nothing was written, and ``fix`` says how to go on.
+    """
     from qopt.progress import reporter
     from qopt.quiet import stdout_to_stderr
 
@@ -25,13 +40,11 @@ def run_job(model: str, quiet: bool, threads: int | None, **arguments: Any) -> A
             progress("load")
             import torch
 
-            from qopt.api import optimize as compile_model
-
             if threads is not None:
                 torch.set_num_threads(threads)
-            return compile_model(model, progress=progress, **arguments)
+            yield progress
     except KeyboardInterrupt:  # the command framework would end without a word
-        raise InterruptedRunError("interrupted, nothing was written") from None
+        raise InterruptedRunError("interrupted, nothing was written", fix=fix) from None
 
 
 def finish(bundle: Any, folder: Path, as_json: bool) -> None:
