@@ -8,7 +8,8 @@ from dataclasses import replace
 from qopt.config import Options
 from qopt.job.choose import Choice, described
 from qopt.job.run import Run
-from qopt.job.select import compare
+from qopt.job.select import duel, total
+from qopt.quantize import Applied
 from qopt.report.model import EvaluatedPlan
 
 
@@ -25,20 +26,18 @@ def contest_equalisation(run: Run, choice: Choice, equalised: Callable[[], Run])
     chosen = next((row for row in choice.facts.evaluated if row.chosen), None)
     if chosen is None:  # without data nothing was measured
         return run, choice
+    assert isinstance(choice.applied, Applied)
     other = equalised()
     if other.prepared.digest == run.prepared.digest:
         return run, choice
     plan = choice.applied.plan.with_changes(ranges={}, equalisation=True, model=other.prepared.digest)
-    applied, row = compare(run, other, chosen.name.split(",")[0] + ", equalised", plan)
-    if _total(row) >= _total(chosen):
+    name = chosen.name.split(",")[0] + ", equalised"
+    applied, standing, row = duel(run, choice.applied, other, name, plan)
+    if total(row) >= total(standing):
         return run, _with_account(choice, [*choice.facts.evaluated, row.model_copy(update={"chosen": False})])
     other.left_out[:], other.warnings[:] = run.left_out, run.warnings
     rows = [old.model_copy(update={"chosen": False}) for old in choice.facts.evaluated]
     return other, _with_account(described(other, applied, choice.facts), [*rows, row])
-
-
-def _total(row: EvaluatedPlan) -> float:
-    return row.clean_divergence + (row.adversarial_divergence or 0.0)
 
 
 def _with_account(choice: Choice, evaluated: list[EvaluatedPlan]) -> Choice:

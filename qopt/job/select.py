@@ -65,26 +65,32 @@ def select(run: Run, entries: Sequence[Entry]) -> tuple[Applied, list[EvaluatedP
     The first plan is tried in every variant, the others in the one that suits it best, and at effort ``max`` also in
     the one that suits it best of those that less effort tries: more effort never ends further away. Closest is the mean
     KL divergence from float on clean images. In a robust run, what happens to the images that float withstands an
-    attack on is added, as the share that they are: on the examples made on the float network, whose gradients no
-    quantizer can mask, or on those that a short PGD makes on the plan's own twin, whichever moves it further from what
-    float says of the clean image.
+    attack on is added, as the share that they are: on the examples made on the float network, or on those that a short
+    PGD makes on the twin of any plan measured here, whichever moves it furthest from what float says of the clean
+    image. So a plan gains nothing by gradients that its quantizers mask: what fools the plans beside it counts.
     """
     run.progress("measured selection")
-    contest = _Contest(run, _Judge.of(run))
+    contest = _Contest(_Judge.of(run))
     first, *others = entries
     tried = variants(run.options)
-    scores = {variant: contest.enter(first, variant) for variant in _suited(first, tried)}
+    scores = {variant: contest.enter(run, first, variant) for variant in _suited(first, tried)}
     for entry in others:
         for variant in _carried(entry, tried, scores, run.options):
-            contest.enter(entry, variant)
-    return contest.best(), contest.account()
+            contest.enter(run, entry, variant)
+    return contest.settle()
 
 
-def compare(run: Run, other: Run, name: str, plan: Plan) -> tuple[Applied, EvaluatedPlan]:
-    """Measure one plan more as `select` does for ``run``: one for a network of ``other`` that computes the same."""
-    contest = _Contest(other, _Judge.of(run))
-    contest.enter(Entry(name, plan), Variant(plan.rounding, plan.bias_correction))
-    return contest.best(), contest.account()[0]
+def duel(run: Run, chosen: Applied, other: Run, name: str, plan: Plan) -> tuple[Applied, EvaluatedPlan, EvaluatedPlan]:
+    """The plan chosen for ``run`` against one for a network of ``other`` that computes the same.
+
+    Returns the second made real, and the rows of both: measured as `select` does, and by each other's examples.
+    """
+    contest = _Contest(_Judge.of(run))
+    contest.add(run, "", chosen)
+    applied = other.quantizer.apply(plan)
+    contest.add(other, f"{name}, {Variant(plan.rounding, plan.bias_correction).label}", applied)
+    first, second = contest.settle()[1]
+    return applied, first, second
 
 
 def _carried(entry: Entry, tried: list[Variant], scores: Mapping[Variant, float], options: Options) -> list[Variant]:
@@ -100,34 +106,63 @@ def _suited(entry: Entry, tried: list[Variant]) -> list[Variant]:
     return [variant for variant in tried if variant.rounding != "nearest"] or tried if entry.gptq else tried
 
 
+@final
+@dataclass(frozen=True, eq=False)
+class _Contender:
+    """A plan made real, with its place in the account and what an attack on its twin made, if one was made."""
+
+    place: int
+    applied: Applied
+    twin: TwinClassifier
+    examples: Tensor | None
+
+
 class _Contest:
-    """The plans measured so far."""
+    """The plans measured so far; where nothing is attacked, all but the best are let go."""
 
-    def __init__(self, run: Run, judge: _Judge) -> None:
-        self._run, self._judge = run, judge
+    def __init__(self, judge: _Judge) -> None:
+        self._judge = judge
         self._rows: list[EvaluatedPlan] = []
-        self._best: tuple[float, Applied] | None = None
+        self._contenders: list[_Contender] = []
 
-    def enter(self, entry: Entry, variant: Variant) -> float:
-        """Measure a plan in a variant; returns its divergence."""
-        run = self._run
+    def enter(self, run: Run, entry: Entry, variant: Variant) -> float:
+        """Make a plan real in a variant and measure it; returns its divergence, by float's examples and its own."""
         plan = entry.plan.with_changes(rounding=variant.rounding, bias_correction=variant.bias_correction)
-        applied = run.quantizer.apply(plan)
-        found = self._judge(TwinClassifier(applied.graph, run.normalisation, run.prepared.batch))
-        self._rows.append(_row(run, f"{entry.name}, {variant.label}", applied, found))
-        if self._best is None or sum(found) < self._best[0]:
-            self._best = sum(found), applied
-        return sum(found)
+        return self.add(run, f"{entry.name}, {variant.label}", run.quantizer.apply(plan))
 
-    def best(self) -> Applied:
-        """The plan of lowest divergence, the first of equals."""
-        assert self._best is not None
-        return self._best[1]
+    def add(self, run: Run, name: str, applied: Applied) -> float:
+        """Measure a plan that is real already."""
+        twin = TwinClassifier(applied.graph, run.normalisation, run.prepared.batch)
+        examples = self._judge.examples(twin)
+        row = _row(run, name, applied, self._judge.clean.divergence(twin), self._judge.first(twin, examples))
+        self._contenders.append(_Contender(len(self._rows), applied, twin, examples))
+        self._rows.append(row)
+        if self._judge.held is None:
+            self._contenders = [self._best()]
+        return total(row)
 
-    def account(self) -> list[EvaluatedPlan]:
-        """All that were measured, in order."""
-        chosen = self.best().plan.digest
-        return [row.model_copy(update={"chosen": row.digest == chosen}) for row in self._rows]
+    def settle(self) -> tuple[Applied, list[EvaluatedPlan]]:
+        """The plan of lowest divergence, the first of equals, and the account of all.
+
+        Every plan is judged anew by the examples made on the twins of the others.
+        """
+        for one in self._contenders:
+            for other in self._contenders:
+                row = self._rows[one.place]
+                if other.examples is not None and one is not other:
+                    worst = max(row.adversarial_divergence or 0.0, self._judge.on(other.examples, one.twin))
+                    self._rows[one.place] = row.model_copy(update={"adversarial_divergence": worst})
+        best = self._best()
+        rows = [row.model_copy(update={"chosen": place == best.place}) for place, row in enumerate(self._rows)]
+        return best.applied, rows
+
+    def _best(self) -> _Contender:
+        return min(self._contenders, key=lambda one: total(self._rows[one.place]))
+
+
+def total(row: EvaluatedPlan) -> float:
+    """What plans are chosen by: the divergence on clean images and, in a robust run, on attacked ones."""
+    return row.clean_divergence + (row.adversarial_divergence or 0.0)
 
 
 @final
@@ -135,7 +170,7 @@ class _Contest:
 class _Judge:
     """The select images: all of them clean, and those that float withstands an attack on, as float's attack left them.
 
-    ``labels`` and ``seed`` are for the attack on the plan's own twin; ``share`` is the part of all images withstood.
+    ``labels`` and ``seed`` are for the attack on a plan's own twin; ``share`` is the part of all images withstood.
     """
 
     run: Run
@@ -158,28 +193,33 @@ class _Judge:
         share = float(kept.double().mean())
         return _Judge(run, clean, held, Probe(adversarial[kept], held.reference), labels[kept], share)
 
-    def __call__(self, twin: TwinClassifier) -> list[float]:
-        """The divergence on clean images and, in a robust run, the share's on attacked ones."""
-        found = [self.clean.divergence(twin)]
-        if self.held is None or self.transferred is None:
-            return found
-        if not len(self.labels):
-            return [*found, 0.0]
-        return [*found, self.share * max(self.transferred.divergence(twin), self._attacked(twin, self.held))]
-
-    def _attacked(self, twin: TwinClassifier, held: Probe) -> float:
+    def examples(self, twin: TwinClassifier) -> Tensor | None:
+        """What a short PGD on ``twin`` makes of the images that float withstands; None where there are none."""
+        if self.held is None or not len(self.labels):
+            return None
         attack = PGD(steps=PROBE_STEPS, compact=False, batch_size=BATCH)
-        made = attack(twin, held.images, self.labels, self.run.threat, seed=self.run.seed("select"))
-        return Probe(made.adversarial, held.reference).divergence(twin)
+        seed = self.run.seed("select")
+        return attack(twin, self.held.images, self.labels, self.run.threat, seed=seed).adversarial
+
+    def on(self, examples: Tensor, twin: TwinClassifier) -> float:
+        """The share's divergence of a plan on ``examples``, as `examples` makes them."""
+        assert self.held is not None
+        return self.share * Probe(examples, self.held.reference).divergence(twin)
+
+    def first(self, twin: TwinClassifier, examples: Tensor | None) -> float | None:
+        """The share's divergence on float's examples or its own, whichever is more; None in a run without attacks."""
+        if self.transferred is None:
+            return None
+        return 0.0 if examples is None else max(self.on(self.transferred.images, twin), self.on(examples, twin))
 
 
-def _row(run: Run, name: str, applied: Applied, divergences: list[float]) -> EvaluatedPlan:
+def _row(run: Run, name: str, applied: Applied, clean: float, attacked: float | None) -> EvaluatedPlan:
     return EvaluatedPlan(
         name=name,
         digest=applied.plan.digest,
         code_bits=code_bits(applied.quantized.stored(run.prepared)),
         bias_correction=applied.plan.bias_correction,
-        clean_divergence=divergences[0],
-        adversarial_divergence=divergences[1] if len(divergences) > 1 else None,
+        clean_divergence=clean,
+        adversarial_divergence=attacked,
         chosen=False,
     )

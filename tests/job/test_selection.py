@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 
 import qopt
+from qopt.cache import Cache
 from qopt.config import Options
 from qopt.data import Data
 from qopt.errors import UsageError
-from qopt.job.select import Variant, variants
+from qopt.job.optimize import Task, start
+from qopt.job.run import Run
+from qopt.job.select import Variant, _Contest, _Judge, variants
+from qopt.passes.insert_activation_quantizers import set_gradient
+from qopt.plan import uniform
+from qopt.quantize import Applied
+from qopt.spec import WeightSpec
 
 NEAREST = [Variant("nearest", False), Variant("nearest", True)]
 CENTRED, PLAIN = Variant("gptq", True), Variant("gptq", False)
@@ -89,3 +98,53 @@ def test_reported_norms_are_those_of_the_rounded_codes(
 def test_gptq_needs_images(example_onnx: Path) -> None:
     with pytest.raises(UsageError, match="--rounding: GPTQ needs images; give --data"):
         qopt.optimize(example_onnx, rounding="gptq")
+
+
+@pytest.fixture(scope="module")
+def run(example_model: ir.Model, fashion: Data) -> Run:
+    options = Options(robust=True, probe_images=64, calibration_images=128, activations="int3", baselines=())
+    return start(Task(example_model, "example", fashion, options), Cache(None), lambda step: None)
+
+
+@pytest.fixture(scope="module")
+def twins(run: Run) -> tuple[Applied, Applied]:
+    """One plan twice: as it is, and with gradients through plain rounding; they compute the same."""
+    plan = uniform(WeightSpec.parse("int4"), activations=run.target.activations, model=run.prepared.digest)
+    honest, masked = (run.quantizer.apply(plan) for _ in range(2))
+    set_gradient(masked.graph, "plain")
+    return honest, masked
+
+
+def test_a_masked_plan_alone_looks_more_robust(run: Run, twins: tuple[Applied, Applied]) -> None:
+    """No gradient passes its quantizers, so that it is attacked in vain; it must gain nothing by that."""
+    honest, masked = (_Contest(_Judge.of(run)).add(run, name, twin) for name, twin in zip("ab", twins, strict=True))
+    assert masked < 0.9 * honest
+
+
+@pytest.mark.parametrize("masked_first", [False, True])
+def test_beside_an_honest_plan_a_masked_one_does_not(
+    run: Run, twins: tuple[Applied, Applied], masked_first: bool
+) -> None:
+    contest = _Contest(_Judge.of(run))
+    for twin in reversed(twins) if masked_first else twins:
+        contest.add(run, "plan", twin)
+    _, rows = contest.settle()
+    assert rows[0].adversarial_divergence == pytest.approx(rows[1].adversarial_divergence, rel=1e-6)
+    assert [row.chosen for row in rows] == [True, False]
+
+
+def test_without_attacks_only_the_best_is_kept(run: Run, twins: tuple[Applied, Applied]) -> None:
+    clean = replace(run, options=replace(run.options, robust=False))
+    contest = _Contest(_Judge.of(clean))
+    coarse = clean.quantizer.apply(twins[0].plan.with_changes(weights=dict.fromkeys(names(clean), "int2:max")))
+    for applied in (coarse, twins[0]):
+        contest.add(clean, "plan", applied)
+    best, rows = contest.settle()
+    assert best is twins[0]
+    assert len(contest._contenders) == 1
+    assert [row.chosen for row in rows] == [False, True]
+    assert all(row.adversarial_divergence is None for row in rows)
+
+
+def names(run: Run) -> list[str]:
+    return [layer.name for layer in run.prepared.layers]
