@@ -58,6 +58,9 @@ ACTIVATION_BYTES = 1 << 29
 CODES_KEPT = 1 << 25
 """Codes of one byte that are kept beside the network while formats are compared; what does not fit is made again."""
 
+CODES_KEPT_WITH_TWIN = 1 << 28
+"""The same where images are run through the network, which needs more memory than its codes and asks for them often."""
+
 
 @dataclass(frozen=True, eq=False)
 class AppliedWeights:
@@ -184,6 +187,7 @@ class Quantizer(WeightOnly):
     _bounds: dict[tuple[str, ActivationSpec], tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._kept = CODES_KEPT_WITH_TWIN
         if self.calibration is not None:
             self.calibration = whole_batches(_checked(self.calibration, self.prepared), self.prepared.batch)
         pipeline = Pipeline((Unshare(), CanonicaliseLinear(), Annotate()), self.sample)

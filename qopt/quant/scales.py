@@ -104,7 +104,10 @@ class _Sorted:
 
     @staticmethod
     def of(rows: Tensor) -> _Sorted:
-        return _Sorted._from(torch.from_numpy(np.sort(rows.numpy(), axis=1)))
+        narrow = rows.to(torch.float32)  # of float32 weights the same numbers, sorted in less than half the time
+        exact = bool((narrow == rows).all())
+        found = torch.from_numpy(np.sort((narrow if exact else rows).numpy(), axis=1))
+        return _Sorted._from(found.to(torch.float64))
 
     def negated(self) -> _Sorted:
         return _Sorted._from(-self.values.flip(1))
