@@ -13,13 +13,14 @@ from qopt.lipschitz.spectral import finite, spectral_norms
 def moment_root(moment: Tensor) -> Tensor:
     """``R`` with ``R R^T = C`` for a second moment C (groups, columns, columns), positive semidefinite.
 
-    Cholesky's factor, of C with the least on its diagonal that lets it succeed: nothing, or about the rounding of C
-    itself, ``columns eps`` of its trace and where need be ten times as much.
+    Cholesky's factor, of C with the least on its diagonal that lets it succeed: nothing, or ``columns eps`` of its trace
+    and where need be a hundred times as much, up to the rounding of a moment of fewer positions than columns whose
+    products were summed in float32.
     """
     moment = moment.double()
     trace = moment.diagonal(dim1=1, dim2=2).sum(1)
     least = moment.shape[1] * torch.finfo(torch.float64).eps * trace
-    for share in (0.0, 1.0, 10.0, 100.0):
+    for share in (0.0, 1.0, 1e2, 1e4, 1e6):
         shifted = moment + torch.diag_embed((share * least)[:, None].expand(moment.shape[:2])) if share else moment
         root: Tensor
         root, failed = torch.linalg.cholesky_ex(shifted)

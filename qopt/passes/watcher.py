@@ -96,3 +96,15 @@ def live_bytes(graph: GraphModule, batch: Tensor) -> int:
         largest = max(largest, sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()))
         held = alive
     return largest
+
+
+@torch.no_grad()
+def taped_bytes(graph: GraphModule, batch: Tensor) -> int:
+    """Bytes of all activations of ``batch``, views included: about what is held while a gradient is to pass them."""
+    activations, runner, total = activation_nodes(graph), SideBySide(graph, (batch,)), 0
+    for node in runner.graph.nodes:
+        runner.step(node)
+        value = runner.environments[0].get(node)
+        if node in activations and isinstance(value, Tensor):
+            total += value.numel() * value.element_size()
+    return total

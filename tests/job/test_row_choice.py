@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
+import torch
 
 import qopt
+from qopt.cache import Cache
+from qopt.config import Options
 from qopt.data import Data
 from qopt.errors import UsageError
-from qopt.job.row_formats import SMALLEST
+from qopt.job import row_formats
+from qopt.job.optimize import Task, start
+from qopt.job.row_formats import SMALLEST, _in_rows
+from qopt.job.run import Run
+from qopt.limits import parse_limit
+from qopt.quant import quantize_weight
+from qopt.quant.gptq import as_rows
 from qopt.spec import WeightSpec
 
 OPTIONS: dict[str, Any] = {
@@ -115,3 +126,32 @@ def test_sizes_of_rows_are_those_that_were_solved_for(runs: dict[str, qopt.Bundl
 def test_small_layers_have_one_format(runs: dict[str, qopt.Bundle]) -> None:
     for layer in runs["on"].report.layers:
         assert not WeightSpec.parse(layer.format).rows or math.prod(layer.shape) >= SMALLEST
+
+
+@pytest.fixture(scope="module")
+def run(example_model: ir.Model, fashion: Data) -> Run:
+    options = Options(probe_images=48, calibration_images=64, limits=(parse_limit("bits<=2.5"),))
+    return start(Task(example_model, "example", fashion, options), Cache(None), lambda step: None)
+
+
+def test_codes_of_copied_rows_are_those_of_the_layer(run: Run) -> None:
+    """One weight of all rows in all formats, quantized as such, is what the formats gave one at a time."""
+    formats = tuple(WeightSpec.parse(text) for text in ("ternary", "int2", "int3", "int4", "log4"))
+    for layer in run.prepared.layers:
+        rows = as_rows(run.quantizer.weight(layer), layer.channel_axis, layer.groups)
+        copies = rows[:, None].expand(-1, len(formats), -1, -1).flatten(0, 2)
+        spec = WeightSpec.of_rows([s for _ in range(layer.groups) for s in formats for _ in range(rows.shape[1])])
+        expected, found = quantize_weight(copies, spec), _in_rows(run, layer, spec)
+        assert torch.equal(found.dequantize(), expected.dequantize())
+        assert torch.equal(found.scale, expected.scale)
+
+
+@pytest.mark.parametrize(("macs", "images"), [(10**15, 48), (10**6, 32), (1, 32)])
+def test_a_large_network_affords_fewer_images(
+    run: Run, monkeypatch: pytest.MonkeyPatch, macs: int, images: int
+) -> None:
+    monkeypatch.setattr(row_formats, "ROW_MACS", macs)
+    formats = {layer.name: (WeightSpec.parse("int2"),) for layer in run.prepared.layers}
+    assert len(row_formats._inputs(run, formats)) == images
+    both = replace(run, options=replace(run.options, robust=True))
+    assert len(row_formats._inputs(both, formats)) == (2 * 48 if images == 48 else 32)

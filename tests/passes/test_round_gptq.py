@@ -28,9 +28,9 @@ from qopt.passes.base import Pipeline
 from qopt.passes.insert_activation_quantizers import InsertActivationQuantizers
 from qopt.passes.insert_weight_quantizers import InsertWeightQuantizers, WeightQuantizer
 from qopt.passes.layer_inputs import InputMoment, input_rows
-from qopt.passes.nodes import is_layer, op_of
+from qopt.passes.nodes import activation_nodes, is_layer, op_of
 from qopt.passes.round_gptq import RoundGPTQ
-from qopt.passes.watcher import SideBySide, live_bytes
+from qopt.passes.watcher import SideBySide, Watcher, live_bytes, taped_bytes
 from qopt.plan import uniform
 from qopt.quant import AnyWeight, QuantizedWeight, quantize_whole
 from qopt.quant.gptq import as_rows, gptq
@@ -441,6 +441,25 @@ class TestSideBySide:
         for count in (1, 10):
             part = images(prepared, 1000)[:count]
             assert live_bytes(twin, part) == count * 4 * 2 * (4 * 8 * 8)
+
+    def test_taped_bytes_are_those_of_every_node_that_depends_on_the_image(
+        self, networks: dict[str, Prepared], images: Images
+    ) -> None:
+        prepared = networks["plain"]
+        twin = Quantizer(prepared).float_graph
+        part, sizes = images(prepared, 3), list[int]()
+
+        class Sizes(Watcher):
+            def run_node(self, n: Node) -> object:
+                result = super().run_node(n)
+                if n in active and isinstance(result, Tensor):
+                    sizes.append(4 * result.numel())
+                return result
+
+        active = activation_nodes(twin)
+        with torch.no_grad():
+            Sizes(twin).run(part)
+        assert taped_bytes(twin, part) == sum(sizes) > live_bytes(twin, part)
 
 
 @pytest.mark.assets
