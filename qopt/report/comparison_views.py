@@ -18,7 +18,7 @@ PAGE: Final = """body { background: var(--page); color: var(--ink); font: 15px/1
   max-width: 76rem; margin: 2rem auto; padding: 0 1.2rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
 h3 { font-size: .95rem; margin: 1rem 0 .3rem; }
-p { max-width: 50rem; margin: .3rem 0 .8rem; }
+p { max-width: 50rem; margin: .3rem 0 .8rem; overflow-wrap: anywhere; }
 .maps { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; }
 .maps svg { max-width: 100%; height: auto; }
 .wide { overflow-x: auto; }
@@ -102,7 +102,14 @@ def _transfers(found: Comparison) -> Section:
 def _examples(found: Comparison) -> Section:
     header = ("attack", "made on", "fooled", "mean l2", "mean linf", "chosen")
     rows = tuple(
-        (attack.name, row.source, str(row.fooled), f"{row.l2:.3f}", f"{row.linf:.4f}", row.choice or "-")
+        (
+            attack.name,
+            row.source,
+            str(row.fooled),
+            f"{row.l2:.3f}" if row.fooled else "-",
+            f"{row.linf:.4f}" if row.fooled else "-",
+            row.choice or "-",
+        )  # fmt: skip
         for attack in found.attacks
         for row in attack.examples
     )
