@@ -3,9 +3,10 @@
     python benchmarks/streaming.py [--parameters 5e6,1.5e7,5e7] [--whole] [--target int4-uniform] [--write]
 
 Every size runs in a process of its own. Memory is the peak resident size above that of the libraries alone, over the
-size of the float file; pages of the mapped file count. CPU time is that of this process. Without ``--whole`` the network is loaded, prepared, the
-candidates of ``int4`` are weighed and one plan is turned into codes; with it, `qopt.optimize` runs to the end. The
-fresh process that runs the file at last holds the file and little else, and is not counted.
+size of the float file; pages of the mapped file count. CPU time is that of this process. Without ``--whole`` the
+network is loaded, prepared, the candidates of ``int4`` are weighed and one plan is turned into codes; with it,
+`qopt.optimize` runs to the end. The fresh process that runs the file at last holds the file and little else, and is not
+counted.
 """
 
 from __future__ import annotations
