@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any
 from qopt._version import __version__
 
 if TYPE_CHECKING:
-    from qopt.api import attack, compare, load, optimize
+    from qopt.api import analyze, attack, compare, load, optimize
     from qopt.config import Options
     from qopt.data import Data, load_data
     from qopt.errors import QoptError
     from qopt.job.bundle import Bundle
     from qopt.plan import Plan
+    from qopt.report.analysis_report import AnalysisReport
     from qopt.report.attack_report import AttackReport
     from qopt.report.certify_report import CertifyReport
     from qopt.report.comparison import Comparison
     from qopt.report.model import Report
 
 _HOME = {
+    "AnalysisReport": "qopt.report.analysis_report",
     "AttackReport": "qopt.report.attack_report",
     "Bundle": "qopt.job.bundle",
     "CertifyReport": "qopt.report.certify_report",
@@ -32,6 +34,7 @@ _HOME = {
     "Plan": "qopt.plan",
     "QoptError": "qopt.errors",
     "Report": "qopt.report.model",
+    "analyze": "qopt.api",
     "attack": "qopt.api",
     "compare": "qopt.api",
     "load": "qopt.api",
@@ -40,6 +43,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AnalysisReport",
     "AttackReport",
     "Bundle",
     "CertifyReport",
@@ -50,6 +54,7 @@ __all__ = [
     "QoptError",
     "Report",
     "__version__",
+    "analyze",
     "attack",
     "compare",
     "load",

@@ -17,6 +17,7 @@ from qopt.errors import UsageError
 from qopt.graph.formats import Format, identify
 from qopt.graph.load import load_model
 from qopt.graph.to_onnx import module_to_onnx
+from qopt.job.analyze import AnalyzeTask, analyze_model
 from qopt.job.attack import AttackTask, Source, attack_model
 from qopt.job.attack_rows import Gradients
 from qopt.job.bundle import Bundle
@@ -27,11 +28,12 @@ from qopt.job.optimize import Task, optimize_model
 from qopt.measure.network import Normalisation
 from qopt.measure.presets import Preset
 from qopt.plan import Plan, read_plan
+from qopt.report.analysis_report import AnalysisReport
 from qopt.report.attack_report import AttackReport
 from qopt.report.certify_report import CertifyReport
 from qopt.threat import Norm, parse_eps
 
-__all__ = ["attack", "certify", "compare", "load", "optimize"]
+__all__ = ["analyze", "attack", "certify", "compare", "load", "optimize"]
 
 
 def optimize(
@@ -229,6 +231,60 @@ def certify(
         threads,
     )  # fmt: skip
     return certify_model(task, Cache(None if cache is None else Path(cache)), progress or (lambda step: None))
+
+
+def analyze(
+    model: str | Path,
+    *,
+    data: str | Path | Data | None = None,
+    norm: Norm = "linf",
+    eps: float | str | None = None,
+    target: str = "int4",
+    formats: tuple[str, ...] = (),
+    images: int = 128,
+    seed: int = 0,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
+    factory: str | None = None,
+    trust: bool = False,
+    input_shape: tuple[int, ...] | None = None,
+    cache: str | Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> AnalysisReport:
+    """The facts of every layer of a float model and of its candidate formats; with data, what predicts their harm.
+
+    Args:
+        model: a file as `optimize` takes it.
+        data: as of `optimize`, of which train images are used; None for norms alone, which any network with weights
+            has.
+        norm: of the threat model, ``linf`` or ``l2``.
+        eps: its radius, pixels in [0, 1], as a number or like ``"2/255"``; None for 8/255, or 0.1 for grey images.
+        target: names of targets, whose candidate formats are looked at.
+        formats: names of weight formats instead of those, such as ``("int3", "log4:tensor:max")``.
+        images: clean images at most, and as many adversarial ones made from them on the float network.
+        seed: of the attack.
+        mean: per-channel mean, where normalisation lies outside the network; ``std`` likewise.
+        factory: ``package.module:name`` of the network that a state dict belongs to.
+        trust: load formats that can run code.
+        input_shape: shape of one image, where neither file nor data tell.
+        cache: folder that keeps norms, adversarial images and losses by content; None keeps nothing.
+        progress: told the name of each step as it begins.
+
+    Returns:
+        The report: ``report.layers`` with their candidates, and ``report.correlations``.
+
+    Raises:
+        UsageError: a wrong option or path, or images or labels that do not fit (exit code 2).
+        ModelError: a model that cannot be loaded, has no layer to quantize, or that no image runs through though
+            there is data (3).
+    """
+    loaded = load_data(str(data)) if isinstance(data, str | Path) else data
+    shape = input_shape or (None if loaded is None else tuple(loaded.report.images.shape[1:]))
+    task = AnalyzeTask(
+        Path(model), loaded, norm, parse_eps(eps) if isinstance(eps, str) else eps, target, formats, images, seed, mean,
+        std, factory, trust, input_shape or _needed(Path(model), shape),
+    )  # fmt: skip
+    return analyze_model(task, Cache(None if cache is None else Path(cache)), progress or (lambda step: None))
 
 
 def load(

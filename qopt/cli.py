@@ -8,6 +8,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from qopt._version import __version__
+from qopt.commands.analyze import EXAMPLES as ANALYZE_EXAMPLES
+from qopt.commands.analyze import analyze
 from qopt.commands.attack import EXAMPLES as ATTACK_EXAMPLES
 from qopt.commands.attack import attack
 from qopt.commands.certify import EXAMPLES as CERTIFY_EXAMPLES
@@ -73,6 +75,7 @@ app.command(epilog=EXAMPLES)(optimize)
 app.command()(compare)
 app.command(epilog=ATTACK_EXAMPLES)(attack)
 app.command(epilog=CERTIFY_EXAMPLES)(certify)
+app.command(epilog=ANALYZE_EXAMPLES)(analyze)
 app.command()(doctor)
 app.command()(plugins)
 app.add_typer(plan, name="plan")

@@ -16,6 +16,7 @@ HEAVY = ("torch", "scipy", "optuna", "onnx", "onnxruntime", "matplotlib", "onnxs
 
 def test_exported_names() -> None:
     assert qopt.__all__ == [
+        "AnalysisReport",
         "AttackReport",
         "Bundle",
         "CertifyReport",
@@ -26,6 +27,7 @@ def test_exported_names() -> None:
         "QoptError",
         "Report",
         "__version__",
+        "analyze",
         "attack",
         "compare",
         "load",
@@ -42,7 +44,16 @@ def test_unknown_name_is_an_attribute_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["optimize", "--help"], ["attack", "--help"], ["compare", "--help"]]
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["optimize", "--help"],
+        ["attack", "--help"],
+        ["compare", "--help"],
+        ["analyze", "--help"],
+        ["certify", "--help"],
+    ],
 )
 def test_quick_commands_import_nothing_heavy(arguments: list[str]) -> None:
     code = (

@@ -7,6 +7,7 @@ from typing import Any
 
 from qopt.documents import Document
 from qopt.plan import Plan
+from qopt.report.analysis_report import AnalysisReport
 from qopt.report.attack_report import AttackReport
 from qopt.report.certify_report import CertifyReport
 from qopt.report.comparison import Comparison
@@ -18,6 +19,7 @@ DOCUMENTS: dict[str, type[Document]] = {
     "attack": AttackReport,
     "comparison": Comparison,
     "certificates": CertifyReport,
+    "analysis": AnalysisReport,
 }
 """Name of the document to its model; the schema of ``plan`` is published as `docs/schemas/plan.schema.json`."""
 
