@@ -18,10 +18,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
-from qopt.passes.layer_inputs import has_rows
+from qopt.passes.layer_inputs import has_rows, input_rows
 from qopt.passes.nodes import is_layer, op_of
 from qopt.passes.watcher import Watcher
 from qopt.quant.gptq import as_rows
+
+WEIGHT_GRADIENTS = 1 << 25
+"""Entries of the weight gradients of single images that are held at a time: 128 MB."""
 
 
 @final
@@ -148,16 +151,37 @@ def _projections(
     parts: dict[str, list[tuple[Tensor, ...]]] = {}
     for position, call in enumerate(calls):
         layer = call.node.meta["layer"]
-        slopes = torch.stack([_by_channel(call, draw[position]) for draw in gradients]).double()
-        along, outputs, count = [], [], 0
-        for error in changes[layer].errors:
-            moved = _by_channel(call, _response(call, error, changes[layer].axis)).double()
-            along.append(torch.einsum("dncp,ncp->dnc", slopes, moved))
-            outputs.append(moved.sum((0, 2)))
-            count = moved.shape[0] * moved.shape[2]
-        found = (torch.stack(along, 2), slopes.sum(3), torch.stack(outputs), torch.tensor(count))
-        parts.setdefault(layer, []).append(found)
+        slopes = torch.stack([_by_channel(call, draw[position]) for draw in gradients])
+        parts.setdefault(layer, []).append(_of_use(call, slopes, changes[layer]))
     return {layer: _joined(*map(torch.stack, zip(*uses, strict=True))) for layer, uses in parts.items()}
+
+
+def _of_use(call: _Call, slopes: Tensor, change: Change) -> tuple[Tensor, ...]:
+    """What one call adds: along the gradients, the gradients summed, the changed outputs summed, and how many.
+
+    A change E of a channel moves its outputs by ``E u`` for inputs u, so that ``sum_p g_p (E u_p)`` is ``E`` times the
+    gradient of the channel's weights, ``sum_p g_p u_p``: one product for all changes. ``slopes`` are g, (draws, n,
+    channels, positions).
+    """
+    along, total, errors = list[Tensor](), None, None
+    for rows in input_rows(call.node, call.args):
+        groups = len(rows)
+        if errors is None:
+            errors = torch.stack([as_rows(error, change.axis, groups) for error in change.errors])
+        total = rows.sum(1, dtype=torch.float64) if total is None else total + rows.sum(1, dtype=torch.float64)
+        images = rows.reshape(groups, -1, slopes.shape[3], rows.shape[2])
+        most = max(1, WEIGHT_GRADIENTS // (len(slopes) * errors[0].numel()))
+        for some in torch.split(images, most, 1):
+            first = sum(part.shape[1] for part in along)
+            here = slopes[:, first : first + some.shape[1]]
+            here = here.reshape(*here.shape[:2], groups, -1, here.shape[3])
+            gradient = torch.einsum("dngcp,gnpi->dngci", here, some)
+            along.append(torch.einsum("dngci,fgci->dnfgc", gradient, errors).flatten(3))
+    assert errors is not None
+    assert total is not None
+    outputs = torch.einsum("fgci,gi->fgc", errors.double(), total).flatten(1)
+    count = torch.tensor(slopes.shape[1] * slopes.shape[3])
+    return torch.cat(along, 1).double(), slopes.sum(3, dtype=torch.float64), outputs, count
 
 
 def _joined(along: Tensor, shifts: Tensor, outputs: Tensor, count: Tensor) -> _Sums:
@@ -172,13 +196,3 @@ def _by_channel(call: _Call, output: Tensor) -> Tensor:
     if op_of(call.node) == "Conv":
         return output.flatten(2)
     return output.reshape(len(output), -1, output.shape[-1]).mT
-
-
-def _response(call: _Call, error: Tensor, axis: int) -> Tensor:
-    """What the change alone would give out: the call with it in place of the weight, without bias."""
-    x, rest = call.args[0], call.args[3:]
-    if op_of(call.node) == "Conv":
-        assert callable(call.node.target)
-        output: Tensor = call.node.target(x, error, None, *rest)
-        return output
-    return functional.linear(x, as_rows(error, axis, 1)[0])
