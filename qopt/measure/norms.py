@@ -22,6 +22,7 @@ from qopt.lipschitz import (
     weighted_l2,
 )
 from qopt.quantize import WeightOnly
+from qopt.search.thresholds import paper_thresholds
 from qopt.spec import WeightSpec
 
 LARGE = 1 << 20
@@ -40,7 +41,8 @@ def candidate_norms(
 ) -> tuple[NormBound, NormBound, NormBound]:
     """``||W_q||_2``, ``||W - W_q||_2`` and ``||W - W_q||_inf`` of the reshaped weight in one format.
 
-    Of a large layer the first is bounded by the triangle inequality: wider, and half the work.
+    Of a large layer the first is bounded by the triangle inequality, half the work, where that tells no less of the
+    paper's thresholds than the norm itself would.
     """
     weight = quantizer.weight(layer)
 
@@ -49,7 +51,12 @@ def candidate_norms(
         if not _is_large(layer):
             return code_norms(layer, weight, quantized)
         error, rows = _pair(layer, weight, quantized)
-        return _between(layer_norms(quantizer, layer, cache)[0], error), error, rows
+        whole = layer_norms(quantizer, layer, cache)[0]
+        norm = _between(whole, error)
+        bound_q, bound_d = paper_thresholds(whole.upper)
+        if norm.upper > bound_q * max(1.0, error.upper / bound_d):
+            norm = _pair(layer, quantized)[0]
+        return norm, error, rows
 
     norm, error, rows = _bounds(cache, layer, weight, str(spec), compute)
     return norm, error, rows

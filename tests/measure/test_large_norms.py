@@ -18,6 +18,8 @@ from qopt.lipschitz import NormBound, max_row_sum, reshaped_l2
 from qopt.measure import norms
 from qopt.measure.norms import candidate_norms, code_norms, layer_norms
 from qopt.quantize import WeightOnly
+from qopt.search.space import Candidate, LayerSpace
+from qopt.search.thresholds import Thresholds
 from qopt.spec import WeightSpec
 
 NOTHING = Cache(None)
@@ -62,8 +64,29 @@ def test_candidates_are_enclosed(spec: WeightSpec, layer: Layer, network: Prepar
     assert norm.lower <= exact.upper
     assert exact.lower <= norm.upper
     assert norm.upper - norm.lower <= 2 * error.upper * (1 + 1e-9) + 1e-9
-    assert norm.method == "gram+eigvalsh+triangle"
     close(code_norms(layer, weights.weight(layer), quantized)[0], exact)
+
+
+@pytest.mark.parametrize("scale", [0.02, 0.2, 2.0])
+def test_the_thresholds_of_the_paper_find_the_norm_itself_where_they_need_it(
+    text_model: Callable[..., onnx.ModelProto], monkeypatch: pytest.MonkeyPatch, scale: float
+) -> None:
+    """Whatever a candidate exceeds its thresholds by, it is what the whole table of norms says."""
+    w = scale * np.random.default_rng(1).standard_normal((96, 64)).astype(np.float32)
+    network = prepare(ir.from_proto(text_model("g (float[b, 96] x) => (float[b, 64] y) { y = MatMul(x, w) }", w=w)))
+    layer, paper, methods = network.layer("w"), Thresholds("paper"), set()
+    for text in ("int2", "int3", "int4", "int8", "int4:tensor:max", "log4:max"):
+        spec = WeightSpec.parse(text)
+        found = []
+        for large in (1, 1 << 40):
+            monkeypatch.setattr(norms, "LARGE", large)
+            facts = candidate_norms(WeightOnly(network), layer, spec, NOTHING)
+            space = LayerSpace("w", layer.weights, *layer_norms(WeightOnly(network), layer, NOTHING), ())
+            found.append(paper.excess(space, Candidate(spec, 1.0, 1, *facts)))
+            methods.add(facts[0].method)
+        assert (max(found[0], 1.0)) == pytest.approx(max(found[1], 1.0), rel=1e-9)
+    assert "gram+eigvalsh" in methods
+    assert any("triangle" in method for method in methods)
 
 
 def test_an_error_larger_than_the_weight_is_enclosed_too() -> None:
