@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
+from functools import cache
 
 import torch
 from scipy.linalg import eigvalsh
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from qopt.errors import CorruptModelError, UsageError
@@ -63,7 +66,8 @@ def _grams(wide: Tensor) -> Tensor:
     if len(wide) > 1:
         return wide @ wide.mT
     matrix = wide[0].numpy()
-    return torch.from_numpy(matrix @ matrix.T)[None]
+    with _one_thread():
+        return torch.from_numpy(matrix @ matrix.T)[None]
 
 
 def top_eigenvalues(grams: Tensor) -> list[float]:
@@ -72,7 +76,20 @@ def top_eigenvalues(grams: Tensor) -> list[float]:
     if len(grams) > 1 or side < SMALL:
         return [float(value) for value in torch.linalg.eigvalsh(grams)[:, -1]]
     last = [side - 1, side - 1]
-    return [float(eigvalsh(grams[0].numpy(), subset_by_index=last, check_finite=False)[0])]
+    with _one_thread():
+        return [float(eigvalsh(grams[0].numpy(), subset_by_index=last, check_finite=False)[0])]
+
+
+def _one_thread() -> AbstractContextManager[object]:
+    """For numpy and scipy, each of which has threads of its own beside torch's: idle ones spin, and where cores are
+    fewer than all of them together, every one waits for its turn, up to 40 times as long."""
+    limited: AbstractContextManager[object] = _pools().limit(limits=1, user_api="blas")
+    return limited
+
+
+@cache
+def _pools() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 def finite(tensor: Tensor, where: str) -> Tensor:

@@ -13,9 +13,9 @@ from qopt.lipschitz.spectral import finite, spectral_norms
 def moment_root(moment: Tensor) -> Tensor:
     """``R`` with ``R R^T = C`` for a second moment C (groups, columns, columns), positive semidefinite.
 
-    Cholesky's factor, of C with the least on its diagonal that lets it succeed: nothing, or ``columns eps`` of its trace
-    and where need be a hundred times as much, up to the rounding of a moment of fewer positions than columns whose
-    products were summed in float32.
+    Cholesky's factor, of C with the least on its diagonal that lets it succeed: nothing, or ``columns eps`` of its
+    trace and where need be a hundred times as much, up to the rounding of a moment of fewer positions than columns
+    whose products were summed in float32.
     """
     moment = moment.double()
     trace = moment.diagonal(dim1=1, dim2=2).sum(1)
