@@ -11,6 +11,7 @@ from qopt.errors import PluginError, UsageError, nearest
 BUILT_IN: dict[str, dict[str, str]] = {
     "qopt.cost_models": {"bits": "qopt.hardware.bits:BitsModel"},
     "qopt.searches": {
+        "exact": "qopt.search.exact:ExactSearch",
         "greedy": "qopt.search.greedy:GreedySearch",
         "lipschitz": "qopt.search.lipschitz:LipschitzSearch",
         "uniform": "qopt.search.uniform:UniformSearch",

@@ -43,7 +43,7 @@ def optimize(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Output folder. [MODEL's name + .qopt]")] = None,
     limit: Annotated[list[str] | None, typer.Option(help='Limit on the plan, such as "bits<=3.5"; repeatable.')] = None,
     gate: Annotated[list[str] | None, typer.Option(help='Condition on the file, such as "clean_drop<=2".')] = None,
-    search: Annotated[str, typer.Option(help="Strategy: greedy, lipschitz, uniform.")] = "greedy",
+    search: Annotated[str, typer.Option(help="Strategy: greedy, exact, lipschitz, uniform.")] = "greedy",
     thresholds: Annotated[str, typer.Option(help="Form: auto, paper, relative, weighted, none.")] = "auto",
     threshold: Annotated[float, typer.Option(help="Bound of relative and weighted thresholds.")] = 0.25,
     plan: Annotated[Path | None, typer.Option(help="A plan.json to apply instead of searching.")] = None,

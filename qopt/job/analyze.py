@@ -138,7 +138,7 @@ def _measured(run: Run, candidates: dict[str, tuple[WeightSpec, ...]]) -> tuple[
     run.progress("second moments of layer inputs")
     moments = input_moments(run, centred=False)
     run.progress("loss with one layer quantized at a time")
-    labels = torch.from_numpy(run.data.select.first(run.options.probe_images).labels)
+    labels = torch.from_numpy(run.data.select.first(run.probe_images).labels)
     floats, changes = _losses(run, candidates, labels)
     return Found(activity, moments, changes), floats, len(labels)
 
@@ -163,7 +163,7 @@ def _losses(run: Run, candidates: dict[str, tuple[WeightSpec, ...]], labels: Ten
 
 def _parts_note(run: Run) -> str:
     assert run.data is not None
-    few = min(run.options.probe_images, len(run.data.calibrate))
+    few = min(run.probe_images, len(run.data.calibrate))
     return (
         f"ranges and amplification are of {few} calibration images and the adversarial ones made from them, second "
         f"moments of {min(few, MOMENT_IMAGES)} of them; losses are of the images that plans are selected on"

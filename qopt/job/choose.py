@@ -8,17 +8,21 @@ from dataclasses import dataclass, replace
 from typing import final
 
 from qopt.config import Options
-from qopt.errors import InfeasibleError
+from qopt.errors import InfeasibleError, UsageError
+from qopt.job.algorithm_one import narrowed
+from qopt.job.lipschitz_limit import account, lipschitz_limit, reached
 from qopt.job.row_formats import row_choices
 from qopt.job.run import Run
 from qopt.job.select import Entry, select
 from qopt.job.space import build_space, capable
+from qopt.limits import Limit
 from qopt.lipschitz import NormBound
 from qopt.measure.norms import code_norms
 from qopt.plan import Plan, uniform
 from qopt.plugins import load
-from qopt.quantize import AppliedWeights
+from qopt.quantize import ROUNDINGS, Applied, AppliedWeights
 from qopt.report.model import EvaluatedPlan, SearchFacts
+from qopt.search.lipschitz import LipschitzSearch
 from qopt.search.rows import RowChoices, allocate_rows
 from qopt.search.space import Outcome, Space, Strategy
 from qopt.search.thresholds import Filtered, Thresholds, apply_thresholds
@@ -54,14 +58,64 @@ def choose(run: Run) -> Choice:
     """
     if run.plan is not None:
         return _apply_given(run, run.plan)
+    _check_lipschitz(run)
     strategy: Strategy = load("qopt.searches", run.options.search, "--search")()
     formats = strategy.candidates(run.target.weights)
-    space = build_space(run, formats, measured=strategy.uses_sensitivity)
+    candidates = capable(run, formats)
+    if isinstance(strategy, LipschitzSearch):
+        candidates = narrowed(run, candidates)
+    space = build_space(run, candidates, measured=strategy.uses_sensitivity)
     filtered = _filter(run, space) if strategy.uses_sensitivity else Filtered(space, 1.0, ())
     run.progress(f"search: {strategy.name}")
     outcome = strategy(filtered.space)
     applied, evaluated = _decide(run, _plans(run, strategy, space, filtered, outcome))
+    limit = lipschitz_limit(run)
+    if limit is not None:
+        applied, evaluated, notes = _held(run, strategy, limit, applied, evaluated)
+        outcome = replace(outcome, notes=(*outcome.notes, *notes))
     return Choice(applied, space, _facts(run, strategy, filtered, outcome, evaluated), _norms(run, applied, space))
+
+
+def _check_lipschitz(run: Run) -> None:
+    if lipschitz_limit(run) is not None and run.options.rows == "on":
+        raise UsageError(
+            "a limit on lipschitz chooses among formats of whole layers", where="--rows", got="on",
+            fix="leave out one of the two",
+        )  # fmt: skip
+
+
+def _held(
+    run: Run, strategy: Strategy, limit: Limit, applied: AppliedWeights, evaluated: list[EvaluatedPlan]
+) -> tuple[AppliedWeights, list[EvaluatedPlan], tuple[str, ...]]:
+    """The plan held to the Lipschitz limit as it was rounded in the end, with what is to be said of it.
+
+    Strategies keep the limit by codes to nearest. Where those of another rounding break it, plans are measured again
+    without that rounding; a plan by a strategy that plays without limits stays, with a warning.
+
+    Raises:
+        InfeasibleError: the rounding that the user asked for breaks the limit.
+    """
+    assert isinstance(applied, Applied)
+    bounds, said = reached(run, applied), list[str]()
+    if bounds.last.lipschitz > limit.bound and applied.plan.rounding != "nearest":
+        word = ROUNDINGS[applied.plan.rounding]
+        broken = f"{word} raised the Lipschitz constant to {bounds.last.lipschitz:.3g}"
+        if run.options.rounding != "auto":
+            raise InfeasibleError(
+                "the rounding breaks the limit", where=str(limit), got=broken,
+                fix="leave --rounding auto or nearest",
+            )  # fmt: skip
+        nearest = replace(run, options=replace(run.options, rounding="nearest"))
+        plan = applied.plan.with_changes(rounding="nearest")
+        applied, again = select(nearest, [Entry(f"{strategy.name} within {limit}", plan)])
+        known = {row.digest for row in again}
+        first = [row.model_copy(update={"chosen": False}) for row in evaluated if row.digest not in known]
+        evaluated = [*first, *again]
+        bounds = reached(run, applied)
+        said.append(f"{broken}, above the limit: weights are rounded to nearest")
+    if bounds.last.lipschitz > limit.bound:
+        run.warnings.append(f"the plan of {strategy.name} does not keep the limit {limit}")
+    return applied, evaluated, (*said, account(run, bounds, limit))
 
 
 def _decide(run: Run, entries: list[Entry]) -> tuple[AppliedWeights, list[EvaluatedPlan]]:
@@ -85,7 +139,7 @@ def _apply_given(run: Run, plan: Plan) -> Choice:
 
 def described(run: Run, applied: AppliedWeights, facts: SearchFacts) -> Choice:
     """The choice of a plan that was made real outside the search, with its norms."""
-    space = build_space(run, (), measured=False)
+    space = build_space(run, capable(run, ()), measured=False)
     return Choice(applied, space, facts, _norms(run, applied, space))
 
 
@@ -129,15 +183,16 @@ def _plans(run: Run, strategy: Strategy, space: Space, filtered: Filtered, outco
     """The plans that are measured, the searched one first.
 
     Additive sensitivities mislead where bits are few, and a plan well below the limit can be the better one: unless the
-    effort is ``fast``, the search also runs under tightened limits and over rows; at ``max`` the uniform plan joins.
+    effort is ``fast``, the search also runs over rows and, unless it is ``normal`` and the network large, under
+    tightened limits; at ``max`` the uniform plan joins.
     """
     activations = run.target.activations if run.data is not None else FLOAT_ACTIVATION
     data = "" if run.data is None else run.data.digest
     equalised = run.options.equalisation == "on"
     base = uniform(activations=activations, model=run.prepared.digest, data=data, equalisation=equalised)
     found = {} if run.options.rows == "on" else {strategy.name: outcome}
-    if run.data is not None and strategy.name == "greedy":
-        if run.options.effort != "fast" and found:
+    if run.data is not None and strategy.name in ("greedy", "exact"):
+        if _affords_more(run) and found:
             found |= _tightened(run, strategy, space)
         if _allows_rows(run):
             rows = allocate_rows(*_row_space(run, space, filtered))
@@ -153,8 +208,15 @@ def _plans(run: Run, strategy: Strategy, space: Space, filtered: Filtered, outco
     return list(plans.values())
 
 
+def _affords_more(run: Run) -> bool:
+    """Whether plans under tightened limits are measured, too."""
+    return run.options.effort == "max" or (run.options.effort == "normal" and run.is_cheap)
+
+
 def _allows_rows(run: Run) -> bool:
     options = run.options
+    if lipschitz_limit(run) is not None:
+        return False
     measured = options.effort != "fast" and options.rounding != "nearest" and options.thresholds == "auto"
     return options.rows == "on" or (options.rows == "auto" and measured)
 
@@ -178,7 +240,10 @@ def _tightened(run: Run, strategy: Strategy, space: Space) -> dict[str, Outcome]
     thresholds = resolve_thresholds(run.options, run.data is not None)
     found = {}
     for share in TIGHTENED[run.options.effort]:
-        limits = tuple(replace(limit, bound=limit.bound * share) for limit in space.limits)
+        limits = tuple(
+            limit if limit.quantity == "lipschitz" else replace(limit, bound=limit.bound * share)
+            for limit in space.limits
+        )
         with suppress(InfeasibleError):
             tight = apply_thresholds(replace(space, limits=limits), thresholds)
             found[f"{strategy.name} at {share:.0%} of the limits"] = strategy(tight.space)

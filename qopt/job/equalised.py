@@ -14,8 +14,12 @@ from qopt.report.model import EvaluatedPlan
 
 
 def tries_equalisation(options: Options, given: bool) -> bool:
-    """Whether equalisation is left open; ``given``: the user brought a plan, which says so itself."""
-    return options.equalisation == "auto" and options.effort == "max" and not given
+    """Whether equalisation is left open; ``given``: the user brought a plan, which says so itself.
+
+    Not under a limit on the Lipschitz constant, which is held by the norms of the network as it is.
+    """
+    limited = any(limit.quantity == "lipschitz" for limit in options.limits)
+    return options.equalisation == "auto" and options.effort == "max" and not given and not limited
 
 
 def contest_equalisation(run: Run, choice: Choice, equalised: Callable[[], Run]) -> tuple[Run, Choice]:

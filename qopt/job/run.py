@@ -32,6 +32,15 @@ Progress = Callable[[str], None]
 
 PROBE_STEPS = 10
 
+PROBE_MACS = 5 * 10**11
+"""Multiplications of one pass over the images that plans are compared on; fewer images of a large network."""
+
+LEAST_PROBE_IMAGES = 64
+"""As many at least, however large the network."""
+
+CHEAP_MACS = 10**9
+"""Multiplications of one image up to which another plan to measure costs seconds."""
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -83,6 +92,17 @@ class Run:
         return self.data is None and stays_in_file(self.prepared.model)
 
     @property
+    def probe_images(self) -> int:
+        """On how many images plans are compared, at most: what the options say, or what a large network affords."""
+        macs = sum(layer.macs for layer in self.prepared.layers)
+        return min(self.options.probe_images, max(PROBE_MACS // max(macs, 1), LEAST_PROBE_IMAGES))
+
+    @property
+    def is_cheap(self) -> bool:
+        """Whether normal effort affords further plans."""
+        return sum(layer.macs for layer in self.prepared.layers) <= CHEAP_MACS
+
+    @property
     def normalisation(self) -> Normalisation:
         """The normalisation that lies outside the network."""
         return Normalisation(self.options.mean, self.options.std)
@@ -104,13 +124,13 @@ class Run:
     def adversarial(self, part: str, split: Split) -> Tensor:
         """Examples that PGD makes on the float network from the first images of a part, all steps taken; cached."""
         if part not in self._adversarial:
-            self._adversarial[part] = self.attacked(split.first(self.options.probe_images), self.seed("probe", part))
+            self._adversarial[part] = self.attacked(split.first(self.probe_images), self.seed("probe", part))
         return self._adversarial[part]
 
     def withstood(self, part: str, split: Split) -> Tensor:
         """Which of the first images of a part the float network gets right in their `adversarial` form: bool (n,)."""
         if part not in self._withstood:
-            labels = torch.from_numpy(split.first(self.options.probe_images).labels)
+            labels = torch.from_numpy(split.first(self.probe_images).labels)
             self._withstood[part] = predict(self.float_twin, self.adversarial(part, split)).argmax(1) == labels
         return self._withstood[part]
 

@@ -12,6 +12,7 @@ from qopt.cache import digest_arrays
 from qopt.data import Split
 from qopt.graph.model import Layer, Prepared
 from qopt.hardware.cost_model import LayerDescription
+from qopt.job.lipschitz_limit import lipschitz_graph, lipschitz_limit, with_operator_norms
 from qopt.job.run import Run
 from qopt.measure.divergence import Probe, layer_sensitivities
 from qopt.measure.norms import candidate_norms, layer_norms, weighted_errors
@@ -44,13 +45,12 @@ def describe(layer: Layer) -> LayerDescription:
     return LayerDescription(layer.name, layer.op, layer.shape, layer.channels, layer.weights, layer.macs)
 
 
-def build_space(run: Run, formats: tuple[WeightSpec, ...], *, measured: bool) -> Space:
-    """All layers with their candidates among ``formats``.
+def build_space(run: Run, candidates: Mapping[str, tuple[WeightSpec, ...]], *, measured: bool) -> Space:
+    """All layers with their ``candidates`` (`capable`).
 
     With ``measured`` and data, sensitivities are KL divergences of one layer quantized at a time; without data they
     are squared relative errors of the weights.
     """
-    candidates = capable(run, formats)
     moments = _moments(run) if measured and run.data is not None else {}
     sensitivities = _sensitivities(run, candidates) if measured and run.data is not None else {}
     run.progress("norms of every candidate")
@@ -58,7 +58,11 @@ def build_space(run: Run, formats: tuple[WeightSpec, ...], *, measured: bool) ->
         _layer_space(run, layer, candidates[layer.name], moments.pop(layer.name, None), sensitivities)
         for layer in run.prepared.layers
     )  # fmt: skip
-    return Space(layers, run.target.limits)
+    if lipschitz_limit(run) is None or not any(candidates.values()):
+        return Space(layers, run.target.limits)
+    run.progress("operator norms of every candidate")
+    graph = lipschitz_graph(run)
+    return Space(with_operator_norms(run, graph, layers), run.target.limits, potentials=graph.potentials)
 
 
 def capable(run: Run, formats: tuple[WeightSpec, ...]) -> dict[str, tuple[WeightSpec, ...]]:
@@ -109,7 +113,7 @@ def _layer_space(
 def probe_images(run: Run, part: str) -> tuple[Tensor, Tensor | None]:
     """The first images of a part, clean, and with ``robust`` the adversarial ones made from them."""
     split = _split(run, part)
-    clean = torch.from_numpy(split.first(run.options.probe_images).images)
+    clean = torch.from_numpy(split.first(run.probe_images).images)
     return clean, run.adversarial(part, split) if run.options.robust else None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from qopt.files import write_folder
-from qopt.report.comparison import ActivationShiftRow, Comparison, Matrix
+from qopt.report.comparison import ActivationShiftRow, Comparison, ExamplesRow, Matrix
 from qopt.report.heatmap import STYLE, HeatMap, number
 from qopt.report.markdown import share
 from qopt.report.tables import Section, Table, page
@@ -101,20 +101,14 @@ def _transfers(found: Comparison) -> Section:
 
 def _examples(found: Comparison) -> Section:
     header = ("attack", "made on", "fooled", "mean l2", "mean linf", "chosen")
-    rows = tuple(
-        (
-            attack.name,
-            row.source,
-            str(row.fooled),
-            f"{row.l2:.3f}" if row.fooled else "-",
-            f"{row.linf:.4f}" if row.fooled else "-",
-            row.choice or "-",
-        )  # fmt: skip
-        for attack in found.attacks
-        for row in attack.examples
-    )
+    rows = tuple((attack.name, *_example(row)) for attack in found.attacks for row in attack.examples)
     notes = ("Distances of the examples that fool the file they were made for, pixels in [0, 1].",)
     return Section("Examples", notes, (("", Table(header, rows, left=(1, 5))),), detail=True)
+
+
+def _example(row: ExamplesRow) -> tuple[str, ...]:
+    distances = (f"{row.l2:.3f}", f"{row.linf:.4f}") if row.fooled else ("-", "-")
+    return (row.source, str(row.fooled), *distances, row.choice or "-")
 
 
 def _cosines(found: Comparison) -> Section:

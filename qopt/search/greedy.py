@@ -6,11 +6,14 @@ not fit any more, so other starts are tried: the walk with the heaviest layer pi
 layer at its best format, walked down the hulls until the limits hold, the best plan in which all layers have equal
 widths, and the cheapest plan. Each start is improved by single changes and by exchanges of two; the best wins. The
 linear relaxation, free from the hulls, bounds the optimum from below.
+
+A Lipschitz limit is no sum over layers, but its tangent is one that every plan within the limit keeps: it is one more
+budget for the walks and for the bound, and each plan and each change is held to the limit itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, final
@@ -19,11 +22,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qopt.errors import InfeasibleError
-from qopt.search.items import FULL, Item, build_items, cheapest, keeps_limits, spending, total
+from qopt.search.ceiling import ROUNDING, Ceiling, build_ceiling, keeps, with_tangent
+from qopt.search.feasible import a_plan
+from qopt.search.items import FULL, Item, build_items, spending, total
 from qopt.search.space import Candidate, LayerSpace, Outcome, Space
 from qopt.spec import WeightSpec
 
 Column = NDArray[np.float64]
+
+STRETCHES = (1.0, 1.1, 1.5)
+"""By how much the tangent of a Lipschitz limit is taken for steeper: plans far from where it touches stretch more."""
 
 
 @final
@@ -41,14 +49,33 @@ class GreedySearch:
     def __call__(self, space: Space) -> Outcome:
         """Solve; raises InfeasibleError where no combination keeps the limits."""
         items = build_items(space)
-        picks = min((improve(items, start) for start in starts(items)), key=lambda p: total(items, p))
-        value = total(items, picks)
-        gap = max(value - lower_bound(items), 0.0) / abs(value) if value else 0.0
-        specs = {name: item.specs[p] for item, p in zip(items, picks, strict=True) for name in item.layers}
-        ordered = {layer.layer: specs[layer.layer] for layer in space.layers}
-        reasons = {layer.layer: _reason(layer, layer.candidate(specs[layer.layer])) for layer in space.layers}
+        picks, bound = solve(items, build_ceiling(space, items))
+        gap = gap_of(total(items, picks), bound)
         note = f"no plan within the limits lowers the summed sensitivity by more than {100 * gap:.2f} %"
-        return Outcome(ordered, reasons, (note,), gap)
+        return outcome(space, items, picks, note, gap)
+
+
+def solve(items: Sequence[Item], ceiling: Ceiling | None) -> tuple[list[int], float]:
+    """The plan, and a sum of sensitivities that no plan within the limits undercuts.
+
+    Raises:
+        InfeasibleError: no combination keeps the limits.
+    """
+    picks = min((improve(items, start, ceiling) for start in starts(items, ceiling)), key=lambda p: total(items, p))
+    return picks, lower_bound(items if ceiling is None else with_tangent(items, ceiling, picks))
+
+
+def gap_of(value: float, bound: float) -> float:
+    """How far a sum may be above the least one, as a share of it."""
+    return max(value - bound, 0.0) / abs(value) if value else 0.0
+
+
+def outcome(space: Space, items: Sequence[Item], picks: Sequence[int], note: str, gap: float) -> Outcome:
+    """A plan as the job takes it, with the candidates that each format was preferred to."""
+    specs = {name: item.specs[p] for item, p in zip(items, picks, strict=True) for name in item.layers}
+    ordered = {layer.layer: specs[layer.layer] for layer in space.layers}
+    reasons = {layer.layer: _reason(layer, layer.candidate(specs[layer.layer])) for layer in space.layers}
+    return Outcome(ordered, reasons, (note,), gap)
 
 
 def hull(weight: Column, sensitivity: Column) -> list[int]:
@@ -77,13 +104,21 @@ def _steps(items: Sequence[Item], weights: Sequence[Column]) -> list[tuple[float
     return sorted(edges, key=lambda e: (-e[0], e[1]))
 
 
-def starts(items: Sequence[Item]) -> list[list[int]]:
+def starts(items: Sequence[Item], ceiling: Ceiling | None = None) -> list[list[int]]:
     """Plans within the limits to improve upon; raises InfeasibleError where no plan keeps the limits."""
-    least = cheapest(items)
+    least = a_plan(items, ceiling)
     if least is None:
         raise InfeasibleError("no combination of formats keeps the limits")
-    found = [walk_up(items), *pinned_walks(items), walk_down(items), *equal_widths(items)]
-    return [least, *(picks for picks in found if keeps_limits(items, picks))]
+    found = _walks(items)
+    if ceiling is not None:
+        for stretch in STRETCHES:
+            found += _walks(with_tangent(items, ceiling, least, stretch))
+    kept = [least, *(picks for picks in found if keeps(items, ceiling, picks))]
+    return [list(picks) for picks in dict.fromkeys(map(tuple, kept))]
+
+
+def _walks(items: Sequence[Item]) -> list[list[int]]:
+    return [walk_up(items), *pinned_walks(items), walk_down(items), *equal_widths(items)]
 
 
 def pinned_walks(items: Sequence[Item]) -> list[list[int]]:
@@ -106,10 +141,12 @@ def walk_down(items: Sequence[Item]) -> list[int]:
     spent = spending(items, picks)
     for _, index, source, target in reversed(_steps(items, weights)):
         if (spent <= FULL).all():
-            break
+            spent = spending(items, picks)  # what was added up step by step may be off in the last digits
+            if (spent <= FULL).all():
+                break
         if picks[index] == target:
             picks[index] = source
-            spent = spending(items, picks)
+            spent = spent - items[index].costs[target] + items[index].costs[source]
     return picks
 
 
@@ -161,7 +198,7 @@ def _relaxation(items: Sequence[Item], weights: Sequence[Column], room: float) -
     return value
 
 
-def improve(items: Sequence[Item], picks: list[int]) -> list[int]:
+def improve(items: Sequence[Item], picks: list[int], ceiling: Ceiling | None = None) -> list[int]:
     """Best single change or exchange of two, until none helps."""
     index = np.array([i for i, item in enumerate(items) for _ in item.specs])
     choice = np.array([c for item in items for c in range(len(item.specs))])
@@ -169,29 +206,52 @@ def improve(items: Sequence[Item], picks: list[int]) -> list[int]:
     sensitivity = np.concatenate([item.sensitivities for item in items])
     starts = np.cumsum([0, *[len(item.specs) for item in items[:-1]]])
     picks = list(picks)
+
+    def after(moves: Sequence[int]) -> list[int]:
+        changed = list(picks)
+        for move in moves:
+            changed[int(index[move])] = int(choice[move])
+        return changed
+
+    def allowed(moves: Sequence[int]) -> bool:
+        return ceiling is None or ceiling.keeps(after(moves))
+
     while True:
         current = starts + np.array(picks)
         spare = FULL - cost[current].sum(axis=0)
         gain = sensitivity[current][index] - sensitivity
         extra = cost - cost[current][index]
-        moves = _best_moves(index, gain, extra, spare)
+        if ceiling is not None:  # the tangent never rises more than the constant: what it forbids is forbidden
+            extra = np.column_stack([extra, np.concatenate(ceiling.rises(picks))])
+            spare = np.append(spare, ceiling.bound - ceiling.constant(picks) + ROUNDING)
+        moves = _best_moves(index, gain, extra, spare, allowed)
         if not moves:
             return picks
-        for move in moves:
-            picks[int(index[move])] = int(choice[move])
+        picks = after(moves)
 
 
 def _best_moves(
-    index: NDArray[np.int64], gain: NDArray[np.float64], extra: NDArray[np.float64], spare: NDArray[np.float64]
+    index: NDArray[np.int64], gain: Column, extra: Column, spare: Column, allowed: Callable[[Sequence[int]], bool]
 ) -> list[int]:
     tiny = 1e-12 * (1 + np.abs(gain).max())
-    single = np.where((extra <= spare).all(axis=1), gain, -np.inf)
-    best, moves = float(single.max()), [int(single.argmax())]
-    for up in np.flatnonzero(gain > max(best, tiny)):
+    best, moves = _best(np.where((extra <= spare).all(axis=1), gain, -np.inf), tiny, (), allowed)
+    for up in np.flatnonzero(gain > best):
         both = np.where((index != index[up]) & (extra + extra[up] <= spare).all(axis=1), gain + gain[up], -np.inf)
-        if both.max() > best:
-            best, moves = float(both.max()), [int(up), int(both.argmax())]
-    return moves if best > tiny else []
+        best, found = _best(both, best, (int(up),), allowed)
+        moves = found or moves
+    return moves
+
+
+def _best(
+    gain: Column, least: float, first: tuple[int, ...], allowed: Callable[[Sequence[int]], bool]
+) -> tuple[float, list[int]]:
+    """The best allowed move after ``first`` that gains more than ``least``, with its gain; else ``least`` and none."""
+    while (value := float(gain.max())) > least:
+        moves = [*first, int(gain.argmax())]
+        if allowed(moves):
+            return value, moves
+        gain[moves[-1]] = -np.inf
+    return least, []
 
 
 def _reason(layer: LayerSpace, chosen: Candidate) -> str:

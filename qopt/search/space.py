@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol, final
 from qopt.errors import PlanError, UsageError, nearest
 from qopt.limits import Limit
 from qopt.lipschitz import NormBound
+from qopt.search.potentials import Potentials
 from qopt.size import Stored, stored_bytes
 from qopt.spec import WeightSpec
 
@@ -28,6 +29,7 @@ class Candidate:
         weighted: ``||dW C^(1/2)||_2 / ||W C^(1/2)||_2`` with C the second moment of the layer's inputs; None
             without data.
         sensitivity: what choosing it costs the network, in the unit of the search; smaller is better.
+        operator: the l2 operator norm of what the layer computes with ``W_q``; None where no limit asks for it.
     """
 
     spec: WeightSpec
@@ -38,6 +40,7 @@ class Candidate:
     row_error: NormBound
     weighted: NormBound | None = None
     sensitivity: float = 0.0
+    operator: NormBound | None = None
 
 
 @final
@@ -64,16 +67,22 @@ class LayerSpace:
 class Space:
     """All layers, the limits a plan must keep and the groups of layers that must share a format.
 
+    ``potentials`` say how the network's Lipschitz constant follows from its layers, where a limit asks for it.
+
     Raises:
-        PlanError: a tie names an unknown layer, or one that is in another tie.
+        PlanError: a tie names an unknown layer, or one that is in another tie; the potentials name an unknown layer.
     """
 
     layers: tuple[LayerSpace, ...]
     limits: tuple[Limit, ...] = ()
     ties: tuple[tuple[str, ...], ...] = ()
+    potentials: Potentials | None = None
 
     def __post_init__(self) -> None:
         known = [layer.layer for layer in self.layers]
+        for name in () if self.potentials is None else self.potentials.layers:
+            if name not in known:
+                raise PlanError("the potentials name an unknown layer", where=name, fix=nearest(name, known))
         tied = [name for group in self.ties for name in group]
         for name in tied:
             if name not in known:
@@ -86,8 +95,18 @@ class Space:
         """Number of weights in the network."""
         return sum(layer.weights for layer in self.layers)
 
+    @property
+    def lipschitz(self) -> float | None:
+        """The tightest limit on the network's Lipschitz constant in l2; None without one."""
+        return min((limit.bound for limit in self.limits if limit.quantity == "lipschitz"), default=None)
+
+    @property
+    def additive(self) -> tuple[Limit, ...]:
+        """The limits on sums over layers, in the order of `budgets`: all but those on the Lipschitz constant."""
+        return tuple(limit for limit in self.limits if limit.quantity != "lipschitz")
+
     def budgets(self) -> tuple[tuple[str, float], ...]:
-        """Every limit as (column of `costs`, the most that may be spent).
+        """Every additive limit as (column of `costs`, the most that may be spent).
 
         Limits in bytes set aside the tables of all candidate formats, whether or not a plan uses them: which tables
         the file needs is no sum over layers, and a plan must never exceed its limit.
@@ -95,7 +114,8 @@ class Space:
         Raises:
             UsageError: a limit on something that no cost model of this run prices.
         """
-        return tuple(_budget(limit, self) for limit in self.limits)
+        unpriced = [limit for limit in self.limits if limit.quantity == "lipschitz" and self.potentials is None]
+        return tuple(_budget(limit, self) for limit in (*unpriced, *self.additive))
 
     @property
     def table_bytes(self) -> int:

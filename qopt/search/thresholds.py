@@ -10,13 +10,12 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, final
 
-from qopt.errors import InfeasibleError, UsageError
-from qopt.search.items import feasible
-from qopt.search.space import Candidate, LayerSpace, Space, costs
+from qopt.errors import UsageError
+from qopt.search.feasible import feasible, infeasible, least_spent
+from qopt.search.space import Candidate, LayerSpace, Space
 
 Form = Literal["paper", "relative", "weighted", "none"]
 
@@ -82,7 +81,7 @@ def apply_thresholds(space: Space, thresholds: Thresholds) -> Filtered:
     usable = (f for f in factors[bisect_left(factors, max(least, 1.0)) :] if feasible(_keep(space, excess, f)))
     factor = next(usable, None)
     if factor is None:
-        raise _infeasible(space)
+        raise infeasible(space)
     kept = _keep(space, excess, factor)
     return Filtered(kept, factor, _relaxed(kept, _keep(space, excess, 1.0)) if factor > 1 else ())
 
@@ -101,29 +100,9 @@ def _relaxed(kept: Space, strict: Space) -> tuple[str, ...]:
     columns = [column for column, _ in kept.budgets()]
     needy = [
         new.layer for new, old in pairs
-        if not old.candidates or any(_least([new], column) < _least([old], column) for column in columns)
+        if not old.candidates or any(least_spent([new], column) < least_spent([old], column) for column in columns)
     ]  # fmt: skip
     return tuple(needy or [new.layer for new, old in pairs if len(new.candidates) > len(old.candidates)])
-
-
-def _least(layers: Iterable[LayerSpace], column: str) -> float:
-    return sum(min(costs(c)[column] for c in layer.candidates) for layer in layers)
-
-
-def _infeasible(space: Space) -> InfeasibleError:
-    for limit, (column, budget) in zip(space.limits, space.budgets(), strict=True):
-        least = _least(space.layers, column)
-        if least > budget:
-            got = f"at least {least / space.weights:.4g} bits"
-            if limit.quantity != "bits":
-                got = f"at least {least + space.table_bytes:.0f} bytes, the tables of all candidate formats included,"
-            return InfeasibleError(
-                "no plan keeps the limit", where=str(limit), got=f"{got} with these candidates",
-                fix="raise the limit or choose a target with lower-bit candidates",
-            )  # fmt: skip
-    return InfeasibleError(
-        "no plan keeps all limits and ties at once", got=", ".join(map(str, space.limits)), fix="raise a limit"
-    )
 
 
 def _ratio(value: float, bound: float) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 from qopt.errors import InfeasibleError
-from qopt.search.items import feasible
+from qopt.search.feasible import feasible
 from qopt.search.space import Outcome, Space
 from qopt.spec import WeightSpec
 

@@ -125,7 +125,7 @@ def test_built_in_names_load_and_call_themselves_so(group: str) -> None:
     ("group", "name", "words"),
     [
         ("qopt.searches", "gredy", ["--search: unknown name (got 'gredy')", "did you mean 'greedy'"]),
-        ("qopt.searches", "", ["one of greedy, lipschitz, uniform"]),
+        ("qopt.searches", "", ["one of exact, greedy, lipschitz, uniform"]),
         ("qopt.nothing", "greedy", ["there are none"]),
     ],
 )

@@ -10,8 +10,11 @@ import onnx_ir as ir
 import pytest
 
 import qopt
+from qopt.config import Options
 from qopt.data import Data
 from qopt.graph.prepare import prepare
+from qopt.job.equalised import tries_equalisation
+from qopt.limits import parse_limit
 from qopt.plan import Plan
 from qopt.runtime.session import to_bytes
 
@@ -131,3 +134,19 @@ def test_less_effort_leaves_the_network_as_it_is(example_onnx: Path, fashion: Da
     )
     assert not plain.plan.equalisation
     assert not any("equalised" in row.name for row in plain.report.search.evaluated)
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "expected"),
+    [
+        (Options(effort="max"), False, True),
+        (Options(effort="max"), True, False),
+        (Options(), False, False),
+        (Options(effort="max", equalisation="off"), False, False),
+        (Options(effort="max", limits=(parse_limit("bits<=3"),)), False, True),
+        (Options(effort="max", limits=(parse_limit("lipschitz<=100"),)), False, False),
+    ],
+)
+def test_it_is_tried_where_it_is_left_open(options: Options, given: bool, expected: bool) -> None:
+    """A limit on the Lipschitz constant is held by the norms of the network as it is."""
+    assert tries_equalisation(options, given) == expected

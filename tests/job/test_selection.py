@@ -14,6 +14,8 @@ from qopt.cache import Cache
 from qopt.config import Options
 from qopt.data import Data
 from qopt.errors import UsageError
+from qopt.job import run as run_module
+from qopt.job.choose import _affords_more
 from qopt.job.optimize import Task, start
 from qopt.job.run import Run
 from qopt.job.select import Variant, _Contest, _Judge, variants
@@ -148,3 +150,26 @@ def test_without_attacks_only_the_best_is_kept(run: Run, twins: tuple[Applied, A
 
 def names(run: Run) -> list[str]:
     return [layer.name for layer in run.prepared.layers]
+
+
+@pytest.mark.parametrize(("passes", "images"), [(1000, 64), (10, 10), (1, 2), (0.1, 2)])
+def test_a_large_network_affords_fewer_images(
+    run: Run, monkeypatch: pytest.MonkeyPatch, passes: float, images: int
+) -> None:
+    """As many as ``passes`` passes of the network, but never below a least number."""
+    macs = sum(layer.macs for layer in run.prepared.layers)
+    monkeypatch.setattr(run_module, "PROBE_MACS", int(passes * macs))
+    monkeypatch.setattr(run_module, "LEAST_PROBE_IMAGES", 2)
+    assert run.probe_images == images
+    fresh = replace(run, options=replace(run.options, robust=False))
+    assert len(_Judge.of(fresh).clean.images) == images
+
+
+@pytest.mark.parametrize("cheap", [False, True])
+def test_normal_effort_measures_more_plans_of_small_networks(
+    run: Run, monkeypatch: pytest.MonkeyPatch, cheap: bool
+) -> None:
+    macs = sum(layer.macs for layer in run.prepared.layers)
+    monkeypatch.setattr(run_module, "CHEAP_MACS", macs - (not cheap))
+    tried = [replace(run, options=replace(run.options, effort=effort)) for effort in ("fast", "normal", "max")]
+    assert [_affords_more(one) for one in tried] == [False, cheap, True]

@@ -16,8 +16,9 @@ from scipy.optimize import linprog
 from qopt.errors import InfeasibleError, PlanError, UsageError
 from qopt.limits import Limit
 from qopt.search import greedy
+from qopt.search.feasible import a_plan, feasible
 from qopt.search.greedy import GreedySearch, hull, improve, lower_bound, starts
-from qopt.search.items import Item, build_items, cheapest, feasible, keeps_limits, total
+from qopt.search.items import Item, build_items, keeps_limits, total
 from qopt.search.space import Candidate, Outcome, Space
 from qopt.size import Stored, code_bits, stored_bytes
 from qopt.spec import WeightSpec
@@ -179,17 +180,17 @@ def no_hull(weight: greedy.Column, sensitivity: greedy.Column) -> list[int]:
     return [int(i) for i in np.lexsort((sensitivity, weight))]
 
 
-def lonely(items: Any) -> list[list[int]]:
-    return [cheapest(items) or []]
+def lonely(items: Any, ceiling: Any) -> list[list[int]]:
+    return [a_plan(items, None) or []]
 
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"hull": reversed_hull}, "the order of the hull"),
     ({"hull": no_hull}, "points off the hull"),
-    ({"improve": lambda items, picks: picks, "starts": lonely}, "no improvement"),
-    ({"improve": lambda items, picks: picks, "pinned_walks": lambda items: [], "walk_down": lambda items: [0] * 6,
-      "equal_widths": lambda items: []}, "walk up alone"),
-    ({"keeps_limits": lambda items, picks: True}, "starts outside the limits"),
+    ({"improve": lambda items, picks, ceiling: picks, "starts": lonely}, "no improvement"),
+    ({"improve": lambda items, picks, ceiling: picks, "pinned_walks": lambda items: [],
+      "walk_down": lambda items: [0] * 6, "equal_widths": lambda items: []}, "walk up alone"),
+    ({"keeps": lambda items, ceiling, picks: True}, "starts outside the limits"),
     ({"FULL": 1.2}, "a budget stretched"),
     ({"lower_bound": lambda items: sum(float(item.sensitivities.min()) for item in items)}, "a bound without limits"),
     ({"lower_bound": lambda items: lower_bound(items) * 1.5}, "a bound above the optimum"),
@@ -228,7 +229,7 @@ def check_bound(random_space: MakeSpace, budgets: int) -> None:
     """HiGHS solves the same linear relaxation."""
     for seed in range(15):
         items = build_items(random_space(seed, dominated=seed % 2 == 0, budgets=budgets))
-        if cheapest(items) is None:
+        if a_plan(items, None) is None:
             continue
         costs = np.concatenate([item.costs for item in items]).T
         rows = [[float(i == j) for j, item in enumerate(items) for _ in item.specs] for i in range(len(items))]
@@ -263,7 +264,7 @@ def test_a_plan_is_found_wherever_there_is_one(data: st.DataObject) -> None:
             )
         )
     ]
-    found = cheapest(items)
+    found = a_plan(items, None)
     assert (found is not None) == bool((sums(items)[0] <= 1 + 1e-9).all(axis=1).any())
     assert found is None or keeps_limits(items, found)
 
@@ -355,7 +356,7 @@ def test_many_layers_come_close_to_the_bound(make_space: MakeSpace) -> None:
 def test_improving_never_makes_it_worse(random_space: MakeSpace) -> None:
     for seed in range(20):
         items = build_items(random_space(seed, dominated=True, budgets=2))
-        if cheapest(items) is None:
+        if a_plan(items, None) is None:
             continue
         for start in starts(items):
             better = improve(items, start)
