@@ -24,6 +24,8 @@ from qopt.job.bundle import Bundle
 from qopt.job.certify import CertifyTask, certify_model
 from qopt.job.command import reproduce
 from qopt.job.compare import compare
+from qopt.job.journal import NAME as JOURNAL
+from qopt.job.journal import Journal, kept_plan
 from qopt.job.optimize import Task, optimize_model
 from qopt.measure.network import Normalisation
 from qopt.measure.presets import Preset
@@ -43,6 +45,7 @@ def optimize(
     target: str = "int4",
     robust: bool = False,
     out: str | Path | None = None,
+    resume: bool = False,
     factory: str | None = None,
     trust: bool = False,
     input_shape: tuple[int, ...] | None = None,
@@ -67,7 +70,10 @@ def optimize(
         target: names of targets, joined by commas; their candidates intersect, their limits join.
         robust: thresholds filter, sensitivities are measured on adversarial examples, the attacks run and the gates
             ``clean_drop<=2``, ``robust_drop<=2`` and ``masking=none`` apply.
-        out: folder to write; None writes nothing.
+        out: folder to write; None writes nothing. A search that measures plans keeps them there while it runs; Ctrl-C
+            leaves them and the best plan so far.
+        resume: go on from the plans that the same call, interrupted, left in ``out``: the result is that of a run
+            without interruption. Where nothing was left the run begins anew.
         factory: ``package.module:name`` of the network that a state dict belongs to.
         trust: load formats that can run code.
         input_shape: shape of one image, such as (3, 32, 32); taken from ``data`` where the file does not tell.
@@ -87,10 +93,12 @@ def optimize(
         The bundle: emitted bytes, plan, report, manifest. ``bundle.exit_code`` is 0 where every gate holds, else 1.
 
     Raises:
-        UsageError: a wrong option, path, plan or image shape (exit code 2).
+        UsageError: a wrong option, path, plan or image shape, or resuming a run with other options (exit code 2).
         ModelError: a model that is corrupt, unsafe or not supported (exit code 3).
         VerificationError: an emitted file that does not compute what it must (exit code 4).
     """
+    if resume and out is None:
+        raise UsageError("nothing to resume from", where="resume", fix="give out, the folder of the interrupted run")
     resolved = resolve_options(target=target, robust=robust, limits=limits, gates=gates, eps=eps, **options)
     chosen = read_plan(Path(plan)) if isinstance(plan, str | Path) else plan
     loaded = load_data(str(data)) if isinstance(data, str | Path) else data
@@ -111,9 +119,13 @@ def optimize(
     where = str(data) if isinstance(data, str | Path) else None
     command = reproduce(name if isinstance(model, nn.Module) else str(model), where, resolved, extra)
     task = Task(graph, name, loaded, resolved, chosen, source, command, axes or {}, emit)
-    bundle = optimize_model(task, Cache(Path(cache) if cache is not None else None), progress or (lambda step: None))
-    if out is not None:
-        bundle.write(out)
+    folder, kept = None if out is None else Path(out), Cache(Path(cache) if cache is not None else None)
+    journal = Journal(None if folder is None else folder / JOURNAL, resume=resume)
+    with kept_plan(journal, folder):
+        bundle = optimize_model(task, kept, progress or (lambda step: None), journal)
+    if folder is not None:
+        bundle.write(folder)
+        journal.discard()
     return bundle
 
 

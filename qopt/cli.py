@@ -19,6 +19,7 @@ from qopt.commands.doctor import doctor
 from qopt.commands.optimize import EXAMPLES, optimize
 from qopt.commands.plan import plan
 from qopt.commands.plugins import plugins
+from qopt.commands.targets import targets
 from qopt.errors import QoptError
 
 EXIT_CODES = """
@@ -78,4 +79,5 @@ app.command(epilog=CERTIFY_EXAMPLES)(certify)
 app.command(epilog=ANALYZE_EXAMPLES)(analyze)
 app.command()(doctor)
 app.command()(plugins)
+app.command()(targets)
 app.add_typer(plan, name="plan")

@@ -78,6 +78,7 @@ class Options:
         memory: weights of matrix products with float activations stay packed at run time where they have 16 levels or
             fewer: `MatMulNBits` of ONNX Runtime, with ``accuracy_level=1``.
         attack_images: report images that are attacked, at most; clean accuracy is always on all.
+        evaluations: different plans that a search which measures plans (``refit``, ``optuna``) measures, at most.
         seed: every random choice derives from it.
     """
 
@@ -105,10 +106,11 @@ class Options:
     calibration_images: int = 1024
     probe_images: int = 256
     attack_images: int = 1000
+    evaluations: int = 24
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("calibration_images", "probe_images", "attack_images"):
+        for name in ("calibration_images", "probe_images", "attack_images", "evaluations"):
             if getattr(self, name) < 1:
                 raise UsageError(
                     "must be at least 1", where=f"--{name.replace('_', '-')}", got=str(getattr(self, name))

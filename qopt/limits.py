@@ -10,7 +10,7 @@ from typing import Literal, final, get_args
 
 from qopt.errors import UsageError, nearest
 
-Quantity = Literal["bits", "size", "flash", "latency", "energy", "sram", "lipschitz"]
+Quantity = Literal["bits", "size", "flash", "latency", "energy", "bops", "sram", "lipschitz"]
 QUANTITIES: tuple[str, ...] = get_args(Quantity)
 GATES = ("clean_drop", "robust_drop", "masking")
 
@@ -22,6 +22,7 @@ _UNITS: dict[str, dict[str, int | Fraction]] = {
     "sram": {"": 1, "B": 1, "KB": 1024, "MB": 1024**2},
     "latency": {"s": 1, "ms": _MILLI, "us": _MICRO},
     "energy": {"J": 1, "mJ": _MILLI, "uJ": _MICRO, "nJ": _NANO},
+    "bops": {"": 1, "M": 10**6, "G": 10**9, "T": 10**12},
     "lipschitz": {"": 1},
 }
 _LIMIT = re.compile(r"\s*([a-z_]+)\s*<=\s*([0-9.eE+-]+)\s*([A-Za-z]*)\s*")
@@ -31,7 +32,8 @@ _GATE = re.compile(r"\s*([a-z_]+)\s*(<=|=)\s*([a-z0-9.eE+-]+)\s*")
 @final
 @dataclass(frozen=True, order=True)
 class Limit:
-    """An upper bound on a cost: bits in code bits per weight, sizes in bytes, time in seconds, energy in joules."""
+    """An upper bound on a cost: bits in code bits per weight, sizes in bytes, time in seconds, energy in joules,
+    bit operations in ones."""
 
     quantity: Quantity
     bound: float
@@ -55,6 +57,16 @@ class Gate:
 
 ROBUST_GATES = (Gate("clean_drop", 2.0), Gate("robust_drop", 2.0), Gate("masking"))
 """The gates of ``--robust``, where none is named."""
+
+
+def readable(quantity: str, value: float) -> str:
+    """A cost for people: ``12.3 ms``, ``384 KB``; of units the largest that leaves a number of 1 or more.
+
+    A quantity that has no limits gets no unit.
+    """
+    units = sorted(_UNITS.get(quantity, {"": 1}).items(), key=lambda unit: (-unit[1], unit[0] == ""))
+    unit, factor = next(((unit, factor) for unit, factor in units if value >= factor), units[-1])
+    return f"{value / float(factor):.4g} {unit}".rstrip()
 
 
 def parse_limit(text: str) -> Limit:

@@ -9,11 +9,27 @@ from typing import Any, final
 from qopt.errors import PluginError, UsageError, nearest
 
 BUILT_IN: dict[str, dict[str, str]] = {
-    "qopt.cost_models": {"bits": "qopt.hardware.bits:BitsModel"},
+    "qopt.cost_models": {
+        "arm-dotprod": "qopt.hardware.arm_dotprod:ArmDotprod",
+        "bits": "qopt.hardware.bits:BitsModel",
+        "bops": "qopt.hardware.bops:BopsModel",
+        "cortex-m7": "qopt.hardware.cortex_m:CortexM7",
+        "energy-45nm": "qopt.hardware.energy_45nm:Energy45nm",
+        "fpga-dsp48e2": "qopt.hardware.fpga:FpgaDsp48e2",
+        "measured:host": "qopt.hardware.measured:MeasuredHost",
+        "nvidia-ampere": "qopt.hardware.nvidia:NvidiaAmpere",
+        "nvidia-turing": "qopt.hardware.nvidia:NvidiaTuring",
+        "stm32f4": "qopt.hardware.cortex_m:Stm32F4",
+        "x86-avx2": "qopt.hardware.x86:X86Avx2",
+        "x86-avx512-vnni": "qopt.hardware.x86:X86Avx512Vnni",
+    },
     "qopt.searches": {
         "exact": "qopt.search.exact:ExactSearch",
         "greedy": "qopt.search.greedy:GreedySearch",
         "lipschitz": "qopt.search.lipschitz:LipschitzSearch",
+        "optuna": "qopt.search.tuned:OptunaSearch",
+        "quanos": "qopt.search.quanos:QuanosSearch",
+        "refit": "qopt.search.refit:RefitSearch",
         "uniform": "qopt.search.uniform:UniformSearch",
     },
     "qopt.attacks": {"fgsm": "qopt.attacks:FGSM", "pgd": "qopt.attacks:PGD"},

@@ -20,7 +20,7 @@ FLOORS = {
     4: "search report quantize",
     5: "measure",
     6: "job",
-    7: "api terminal",
+    7: "api terminal testing",
     8: "commands",
     9: "cli",
     10: "__main__",

@@ -43,7 +43,9 @@ def optimize(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Output folder. [MODEL's name + .qopt]")] = None,
     limit: Annotated[list[str] | None, typer.Option(help='Limit on the plan, such as "bits<=3.5"; repeatable.')] = None,
     gate: Annotated[list[str] | None, typer.Option(help='Condition on the file, such as "clean_drop<=2".')] = None,
-    search: Annotated[str, typer.Option(help="Strategy: greedy, exact, lipschitz, uniform.")] = "greedy",
+    search: Annotated[
+        str, typer.Option(help="Strategy: greedy, exact, refit, optuna, quanos, lipschitz, uniform.")
+    ] = "greedy",
     thresholds: Annotated[str, typer.Option(help="Form: auto, paper, relative, weighted, none.")] = "auto",
     threshold: Annotated[float, typer.Option(help="Bound of relative and weighted thresholds.")] = 0.25,
     plan: Annotated[Path | None, typer.Option(help="A plan.json to apply instead of searching.")] = None,
@@ -81,7 +83,11 @@ def optimize(
     calibration_images: Annotated[int, typer.Option(help="Images that ranges are observed on, at most.")] = 1024,
     probe_images: Annotated[int, typer.Option(help="Images that plans are compared on, at most.")] = 256,
     attack_images: Annotated[int, typer.Option(help="Report images that are attacked, at most.")] = 1000,
+    evaluations: Annotated[int, typer.Option(help="Plans that refit and optuna measure, at most.")] = 24,
     seed: Annotated[int, typer.Option(help="Every random choice derives from it.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the plans that an interrupted run left in the output folder.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads. [all]")] = None,
     cache: Annotated[bool, typer.Option(help="Keep expensive evaluations by content.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
@@ -100,6 +106,7 @@ def optimize(
         "mean": numbers(mean, "--mean"), "std": numbers(std, "--std"), "calibration": calibration,
         "dialect": dialect, "memory": memory,
         "calibration_images": calibration_images, "probe_images": probe_images, "attack_images": attack_images,
+        "evaluations": evaluations,
     }  # fmt: skip
     if baseline:
         options["baselines"] = tuple(baseline)
@@ -107,6 +114,7 @@ def optimize(
     shape = image_shape(input_shape)
     bundle = run_job(
         model, quiet, threads, data=data, factory=factory, trust=trust, input_shape=shape, plan=plan,
-        axes=sizes(axis or []), emit=tuple(emit or ()), cache=cache_folder() if cache else None, **options,
+        axes=sizes(axis or []), emit=tuple(emit or ()), cache=cache_folder() if cache else None,
+        out=folder, resume=resume, **options,
     )  # fmt: skip
     finish(bundle, folder, as_json)

@@ -59,7 +59,7 @@ def apply(
     shape = image_shape(input_shape)
     bundle = run_job(
         model, quiet, None, data=data, factory=factory, trust=trust, input_shape=shape, plan=_path(file),
-        cache=cache_folder(), robust=robust, eps=eps,
+        cache=cache_folder(), robust=robust, eps=eps, out=folder,
     )  # fmt: skip
     finish(bundle, folder, as_json)
 

@@ -16,7 +16,7 @@ def run_job(model: str, quiet: bool, threads: int | None, **arguments: Any) -> A
     """The bundle that `qopt.optimize` returns; progress goes to stderr.
 
     Raises:
-        InterruptedRunError: Ctrl-C; nothing was written.
+        InterruptedRunError: Ctrl-C; the best plan so far was written, if there was one.
         QoptError: as `qopt.optimize` raises it.
     """
     with working(quiet, threads) as progress:
@@ -30,7 +30,7 @@ def working(quiet: bool, threads: int | None, fix: str | None = None) -> Iterato
     """Around the work of a command: what it is told goes to stderr, nothing of libraries to stdout; CPU threads.
 
     Raises:
-        InterruptedRunError: Ctrl-C; nothing was written, and ``fix`` says how to go on.
+        InterruptedRunError: Ctrl-C; it says what was written, by default nothing, and ``fix`` how to go on.
     """
     from qopt.progress import reporter
     from qopt.quiet import stdout_to_stderr
@@ -43,13 +43,14 @@ def working(quiet: bool, threads: int | None, fix: str | None = None) -> Iterato
             if threads is not None:
                 torch.set_num_threads(threads)
             yield progress
-    except KeyboardInterrupt:  # the command framework would end without a word
-        raise InterruptedRunError("interrupted, nothing was written", fix=fix) from None
+    except KeyboardInterrupt as stop:  # the command framework would end without a word
+        left = str(stop)
+        fix = fix or ("--resume goes on from there" if left else None)
+        raise InterruptedRunError(f"interrupted, {left or 'nothing was written'}", fix=fix) from None
 
 
 def finish(bundle: Any, folder: Path, as_json: bool) -> None:
-    """Write the bundle, show it, and end with its exit code."""
-    bundle.write(folder)
+    """Show the bundle that was written, and end with its exit code."""
     from qopt.terminal import show
 
     typer.echo(bundle.report.to_json(), nl=False) if as_json else show(bundle, folder)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
-from qopt.hardware.cost_model import LayerDescription
+from qopt.hardware.cost_model import Constant, LayerDescription, Step
+from qopt.hardware.kernels import fits
+from qopt.hardware.quantities import units
 from qopt.limits import Limit
-from qopt.size import Stored, code_bits, stored_bits, stored_bytes
+from qopt.size import SCALE_BYTES, ZERO_BYTES, Stored, code_bits, stored_bits, stored_bytes
 from qopt.spec import WeightSpec
 
 
@@ -17,21 +19,30 @@ from qopt.spec import WeightSpec
 class BitsModel:
     """Container bits and bytes. It prices storage only and claims nothing about time or energy."""
 
-    name: str = "bits"
+    name: ClassVar[str] = "bits"
+    prices: ClassVar[Mapping[str, str]] = units("code_bits", "bytes")
+    totals: ClassVar[Mapping[str, str]] = units("bits", "stored_bits", "size")
+    constants: ClassVar[Mapping[str, Constant]] = {
+        "scale": Constant(SCALE_BYTES, "B", "measured", "qopt.size, checked against emitted files byte for byte"),
+        "zero point": Constant(ZERO_BYTES, "B", "measured", "qopt.size, checked against emitted files byte for byte"),
+    }
 
     def capabilities(self, layer: LayerDescription, formats: Sequence[WeightSpec]) -> tuple[WeightSpec, ...]:
         """Every format can be stored; one with rows, where the layer has as many output channels, and one with blocks,
         where they fill its channels.
         """
-        return tuple(spec for spec in formats if _fits(spec, layer))
+        return tuple(spec for spec in formats if fits(layer, spec))
 
     def layer_cost(self, layer: LayerDescription, spec: WeightSpec) -> Mapping[str, float]:
         """Code bits and bytes (codes and scales) of one layer."""
         stored = Stored(layer.weights, layer.channels, spec)
         return {"code_bits": float(stored.code_bits), "bytes": float(stored.bytes)}
 
-    def network_cost(self, layers: Sequence[LayerDescription], specs: Mapping[str, WeightSpec]) -> Mapping[str, float]:
+    def network_cost(
+        self, layers: Sequence[LayerDescription], specs: Mapping[str, WeightSpec], steps: Sequence[Step] = ()
+    ) -> Mapping[str, float]:
         """The two measures of size and the bytes of all weights, shared tables included."""
+        del steps
         stored = [Stored(layer.weights, layer.channels, specs[layer.name]) for layer in layers]
         return {
             "bits": code_bits(stored),
@@ -42,9 +53,3 @@ class BitsModel:
     def limits(self) -> tuple[Limit, ...]:
         """Storage alone sets no limit."""
         return ()
-
-
-def _fits(spec: WeightSpec, layer: LayerDescription) -> bool:
-    if spec.block:
-        return layer.weights // layer.channels % spec.block == 0
-    return not spec.rows or spec.channels == layer.channels

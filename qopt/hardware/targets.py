@@ -1,12 +1,20 @@
-"""Targets: names for candidates, cost model and limits. `--target a,b` intersects candidates and joins limits."""
+"""Targets: names for candidates, cost models and limits. `--target a,b` intersects candidates and joins limits.
+
+A name is a precision (``int8``, ``int4``, ...) or a cost model: a device brings every format that it takes, its own
+limits and its prices.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Final, final
 
 from qopt.errors import UsageError, nearest
+from qopt.hardware.checked import GROUP, load_model
+from qopt.hardware.cost_model import LayerDescription
 from qopt.limits import Limit
+from qopt.plugins import plugins
 from qopt.spec import ActivationSpec, WeightSpec
 
 
@@ -34,7 +42,9 @@ class Target:
         """One line that spells the target out, the first of output and report."""
         limits = ", ".join(map(str, self.limits)) or "no limits"
         formats = ", ".join(map(str, self.weights))
-        return f"{self.name}: weights {formats}; activations {self.activations}; {limits}"
+        priced = ", ".join(name for name in self.cost_models if name != "bits")
+        text = f"{self.name}: weights {formats}; activations {self.activations}; {limits}"
+        return f"{text}; priced by {priced}" if priced else text
 
 
 def _formats(*texts: str) -> tuple[WeightSpec, ...]:
@@ -43,6 +53,7 @@ def _formats(*texts: str) -> tuple[WeightSpec, ...]:
 
 _INT8 = ActivationSpec(8)
 _MIXED = _formats("ternary", "int2", "int3", "int4", "int4:max", "log4", "log4:max", "int8")
+_SEVEN, _EIGHT = _formats("int7", "int8")
 TARGETS = {
     target.name: target
     for target in (
@@ -53,15 +64,24 @@ TARGETS = {
     )
 }
 
+PROBE: Final = LayerDescription(
+    "probe", "Conv", (64, 64, 3, 3), 64, 64 * 64 * 9, 64 * 64 * 9 * 256, (3, 3), (1, 1), 1, 64 * 256, 64 * 256, 8, 8
+)
+"""A convolution on codes that every device meets: what a device is asked about before any network is known."""
+
 
 def parse_target(text: str) -> Target:
-    """Read ``int4`` or ``int4,other``; raises UsageError for a name that is none, or where no candidate is left."""
+    """Read ``int4`` or ``stm32f4,int4``.
+
+    Raises:
+        UsageError: a name that is no target, or no candidate is left.
+        PluginError: a cost model that does not load or breaks its contract.
+    """
     names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in TARGETS:
-            raise UsageError("unknown target", where="--target", got=repr(name), fix=nearest(name, TARGETS))
-    parts = [TARGETS[name] for name in names]
-    weights = tuple(spec for spec in parts[0].weights if all(spec in part.weights for part in parts))
+    parts = [_target(name) for name in names]
+    weights = parts[0].weights
+    for part in parts[1:]:
+        weights = _common(weights, part.weights)
     if not weights:
         raise UsageError("the targets have no weight format in common", where="--target", got=text)
     return Target(
@@ -71,3 +91,32 @@ def parse_target(text: str) -> Target:
         tuple(dict.fromkeys(limit for part in parts for limit in part.limits)),
         tuple(dict.fromkeys(model for part in parts for model in part.cost_models)),
     )
+
+
+def device(name: str) -> Target:
+    """The target that a cost model is: what it takes of the mixed formats, with 7 bits where 8 are too many."""
+    model = load_model(name)
+    kept = model.capabilities(PROBE, (*_MIXED, _SEVEN))
+    formats = tuple(spec for spec in kept if spec != _SEVEN or _EIGHT not in kept)
+    return Target(name, formats, _INT8, model.limits(), tuple(dict.fromkeys(("bits", name))))
+
+
+def _target(name: str) -> Target:
+    if name in TARGETS:
+        return TARGETS[name]
+    models = plugins(GROUP)
+    if name not in models:
+        fix = nearest(name, {*TARGETS, *models})
+        raise UsageError("unknown target", where="--target", got=repr(name), fix=f"{fix}; `qopt targets` lists all")
+    return device(name)
+
+
+def _common(ours: Sequence[WeightSpec], theirs: Sequence[WeightSpec]) -> tuple[WeightSpec, ...]:
+    """Formats of both, in our order; of int7 and int8, which take a byte each, the narrower one is common."""
+    found = []
+    for spec in ours:
+        if spec in theirs:
+            found.append(spec)
+        elif (spec == _EIGHT and _SEVEN in theirs) or (spec == _SEVEN and _EIGHT in theirs):
+            found.append(_SEVEN)
+    return tuple(dict.fromkeys(found))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import final
 
 from qopt.config import Options
 from qopt.errors import InfeasibleError, UsageError
 from qopt.job.algorithm_one import narrowed
+from qopt.job.evaluation import Evaluator, adversarial_noise
+from qopt.job.journal import Journal
 from qopt.job.lipschitz_limit import account, lipschitz_limit, reached
+from qopt.job.prices import allocate_within, spent
 from qopt.job.row_formats import row_choices
 from qopt.job.run import Run
 from qopt.job.select import Entry, select
@@ -22,12 +25,16 @@ from qopt.plan import Plan, uniform
 from qopt.plugins import load
 from qopt.quantize import ROUNDINGS, Applied, AppliedWeights
 from qopt.report.model import EvaluatedPlan, SearchFacts
+from qopt.search.evaluation import Measure, MeasuredStrategy
 from qopt.search.lipschitz import LipschitzSearch
-from qopt.search.rows import RowChoices, allocate_rows
+from qopt.search.quanos import QuanosSearch
+from qopt.search.rows import RowChoices
 from qopt.search.space import Outcome, Space, Strategy
 from qopt.search.thresholds import Filtered, Thresholds, apply_thresholds
 from qopt.search.uniform import UniformSearch
 from qopt.spec import FLOAT_ACTIVATION, WeightSpec
+
+AnyStrategy = Strategy | MeasuredStrategy
 
 TIGHTENED = {"normal": (0.85,), "max": (0.85, 0.7)}
 """By effort, shares of the limits under which the search runs again, for plans to measure beside the first."""
@@ -48,18 +55,21 @@ class Choice:
     norms: Mapping[str, tuple[NormBound, NormBound, NormBound]]
 
 
-def choose(run: Run) -> Choice:
+def choose(run: Run, journal: Journal | None = None) -> Choice:
     """Search and select, or apply the plan that the user gave.
+
+    ``journal`` gets every plan that the search measures, gives back those that it holds, and is told the best plan.
 
     Raises:
         InfeasibleError: no plan keeps the limits.
-        UsageError: an unknown strategy, or a limit that nothing prices.
+        UsageError: an unknown strategy, a limit that nothing prices, or a strategy that needs images without any.
         PlanError: the user's plan does not fit the network.
     """
     if run.plan is not None:
         return _apply_given(run, run.plan)
     _check_lipschitz(run)
-    strategy: Strategy = load("qopt.searches", run.options.search, "--search")()
+    strategy = _strategy(run)
+    journal = journal or Journal()
     formats = strategy.candidates(run.target.weights)
     candidates = capable(run, formats)
     if isinstance(strategy, LipschitzSearch):
@@ -67,13 +77,44 @@ def choose(run: Run) -> Choice:
     space = build_space(run, candidates, measured=strategy.uses_sensitivity)
     filtered = _filter(run, space) if strategy.uses_sensitivity else Filtered(space, 1.0, ())
     run.progress(f"search: {strategy.name}")
-    outcome = strategy(filtered.space)
-    applied, evaluated = _decide(run, _plans(run, strategy, space, filtered, outcome))
+    outcomes = _searched(run, strategy, filtered.space, journal)
+    entries, outcome = _plans(run, strategy, space, filtered, outcomes), outcomes[0]
+    journal.propose(entries[0].plan)
+    applied, evaluated = _decide(run, entries)
     limit = lipschitz_limit(run)
     if limit is not None:
         applied, evaluated, notes = _held(run, strategy, limit, applied, evaluated)
         outcome = replace(outcome, notes=(*outcome.notes, *notes))
+    outcome = replace(outcome, notes=(*outcome.notes, *spent(run, applied)))
+    journal.propose(applied.plan)
     return Choice(applied, space, _facts(run, strategy, filtered, outcome, evaluated), _norms(run, applied, space))
+
+
+def _strategy(run: Run) -> AnyStrategy:
+    """The strategy that the options name, with what it needs to know of the network.
+
+    Raises:
+        UsageError: an unknown name, one that needs images without any, or formats of rows from one that measures.
+    """
+    strategy: AnyStrategy = load("qopt.searches", run.options.search, "--search")()
+    measures = isinstance(strategy, MeasuredStrategy)
+    if run.data is None and (measures or isinstance(strategy, QuanosSearch)):
+        what = "measures plans on images" if measures else "measures how far an attack moves every layer"
+        raise UsageError(f"the search {what}", where=f"--search {strategy.name}", fix="give --data")
+    if measures and run.options.rows == "on":
+        raise UsageError(
+            "the search measures formats of whole layers", where="--rows", got="on", fix="leave out one of the two"
+        )
+    return replace(strategy, noise=adversarial_noise(run)) if isinstance(strategy, QuanosSearch) else strategy
+
+
+def _searched(run: Run, strategy: AnyStrategy, space: Space, journal: Journal) -> list[Outcome]:
+    """What the strategy found, best first."""
+    if not isinstance(strategy, MeasuredStrategy):
+        return [strategy(space)]
+    evaluate = Evaluator(run, _base(run), journal)
+    measure = Measure(evaluate, run.options.evaluations, run.seed("search", strategy.name))
+    return list(strategy.search(space, measure))
 
 
 def _check_lipschitz(run: Run) -> None:
@@ -85,7 +126,7 @@ def _check_lipschitz(run: Run) -> None:
 
 
 def _held(
-    run: Run, strategy: Strategy, limit: Limit, applied: AppliedWeights, evaluated: list[EvaluatedPlan]
+    run: Run, strategy: AnyStrategy, limit: Limit, applied: AppliedWeights, evaluated: list[EvaluatedPlan]
 ) -> tuple[AppliedWeights, list[EvaluatedPlan], tuple[str, ...]]:
     """The plan held to the Lipschitz limit as it was rounded in the end, with what is to be said of it.
 
@@ -132,7 +173,7 @@ def _apply_given(run: Run, plan: Plan) -> Choice:
     applied = run.weights.apply(plan)
     facts = SearchFacts(
         strategy="none, the plan was given", sensitivity="not used", thresholds="none", factor=1.0, relaxed=[],
-        gap=None, evaluated=[], notes=[],
+        gap=None, evaluated=[], notes=spent(run, applied),
     )  # fmt: skip
     return described(run, applied, facts)
 
@@ -179,24 +220,33 @@ def _filter(run: Run, space: Space) -> Filtered:
     return filtered
 
 
-def _plans(run: Run, strategy: Strategy, space: Space, filtered: Filtered, outcome: Outcome) -> list[Entry]:
-    """The plans that are measured, the searched one first.
-
-    Additive sensitivities mislead where bits are few, and a plan well below the limit can be the better one: unless the
-    effort is ``fast``, the search also runs over rows and, unless it is ``normal`` and the network large, under
-    tightened limits; at ``max`` the uniform plan joins.
-    """
+def _base(run: Run) -> Plan:
+    """What all plans of a run have in common."""
     activations = run.target.activations if run.data is not None else FLOAT_ACTIVATION
     data = "" if run.data is None else run.data.digest
     equalised = run.options.equalisation == "on"
-    base = uniform(activations=activations, model=run.prepared.digest, data=data, equalisation=equalised)
-    found = {} if run.options.rows == "on" else {strategy.name: outcome}
-    if run.data is not None and strategy.name in ("greedy", "exact"):
-        if _affords_more(run) and found:
+    return uniform(activations=activations, model=run.prepared.digest, data=data, equalisation=equalised)
+
+
+def _plans(
+    run: Run, strategy: AnyStrategy, space: Space, filtered: Filtered, outcomes: Sequence[Outcome]
+) -> list[Entry]:
+    """The plans that are measured, the searched one first.
+
+    Additive sensitivities mislead where bits are few, and a plan well below the limit can be the better one: unless the
+    effort is ``fast``, the search also runs over rows and, unless it is ``normal`` and the network large or the search
+    has measured such plans itself, under tightened limits; at ``max`` the uniform plan joins.
+    """
+    base, measures = _base(run), isinstance(strategy, MeasuredStrategy)
+    names = [strategy.name, *(f"{strategy.name}, place {place}" for place in range(2, len(outcomes) + 1))]
+    found = {} if run.options.rows == "on" else dict(zip(names, outcomes, strict=True))
+    if run.data is not None and (measures or strategy.name in ("greedy", "exact")):
+        if _affords_more(run) and found and not isinstance(strategy, MeasuredStrategy):
             found |= _tightened(run, strategy, space)
         if _allows_rows(run):
-            rows = allocate_rows(*_row_space(run, space, filtered))
-            found["rows" if any(spec.rows for spec in rows.specs.values()) else "second order"] = rows
+            with suppress(InfeasibleError) if found else nullcontext():
+                rows = allocate_within(run, *_row_space(run, space, filtered))
+                found["rows" if any(spec.rows for spec in rows.specs.values()) else "second order"] = rows
         if run.options.effort == "max" and run.options.rows != "on":
             with suppress(InfeasibleError):
                 found["uniform"] = UniformSearch()(filtered.space)
@@ -251,7 +301,7 @@ def _tightened(run: Run, strategy: Strategy, space: Space) -> dict[str, Outcome]
 
 
 def _facts(
-    run: Run, strategy: Strategy, filtered: Filtered, outcome: Outcome, evaluated: list[EvaluatedPlan]
+    run: Run, strategy: AnyStrategy, filtered: Filtered, outcome: Outcome, evaluated: list[EvaluatedPlan]
 ) -> SearchFacts:
     has_data = run.data is not None
     form = resolve_thresholds(run.options, has_data) if strategy.uses_sensitivity else None

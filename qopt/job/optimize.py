@@ -12,7 +12,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from qopt.cache import Cache
+from qopt import __version__
+from qopt.cache import Cache, code_digest
 from qopt.config import Options
 from qopt.data import Data, Split
 from qopt.errors import DataError, UnsupportedModelError, UsageError, VerificationError
@@ -27,6 +28,7 @@ from qopt.job.bundle import Bundle, environment
 from qopt.job.choose import Choice, choose
 from qopt.job.equalised import contest_equalisation, tries_equalisation
 from qopt.job.gates import judge, threshold_gates
+from qopt.job.journal import Journal
 from qopt.job.report import build_report, layer_metadata
 from qopt.job.rows import Table
 from qopt.job.run import Progress, Run
@@ -67,16 +69,20 @@ class Task:
     emit: tuple[str, ...] = ()
 
 
-def optimize_model(task: Task, cache: Cache, progress: Progress) -> Bundle:
+def optimize_model(task: Task, cache: Cache, progress: Progress, journal: Journal | None = None) -> Bundle:
     """Run the main job; ``cache`` keeps expensive evaluations by content, ``progress`` is told each step.
 
+    ``journal`` gets every plan that the search measures, and is asked first.
+
     Raises:
-        QoptError: as its steps do; nothing is written here.
+        QoptError: as its steps do; nothing but the journal is written here.
+        UsageError: the journal is of another run.
     """
     check_forms(task.emit, task.data is not None)
-    clock = Clock(progress)
+    clock, journal = Clock(progress), journal or Journal()
     run = start(task, cache, clock)
-    choice = choose(run)
+    journal.open(_identity(run))
+    choice = choose(run, journal)
     if tries_equalisation(task.options, task.plan is not None):
         clock("the same on the equalised network")
         on = replace(task, options=replace(task.options, equalisation="on"))
@@ -101,8 +107,18 @@ def optimize_model(task: Task, cache: Cache, progress: Progress) -> Bundle:
         "cache_hits": sorted(set(cache.hits)), "threads": torch.get_num_threads(),
         **({"c": c_facts} if c_facts else {}),
     }  # fmt: skip
-    journal = "".join(json.dumps(plan.model_dump()) + "\n" for plan in choice.facts.evaluated)
-    return Bundle(artefact.data, choice.applied.plan, report, manifest, journal, sources, artefact.external)
+    lines = "".join(json.dumps(plan.model_dump()) + "\n" for plan in choice.facts.evaluated)
+    plan = choice.applied.plan
+    return Bundle(artefact.data, plan, report, manifest, journal.text + lines, sources, artefact.external)
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """What the measurements of a search depend on, by words for messages."""
+    options = {f"--{name.replace('_', '-')}": value for name, value in run.options.as_dict().items()}
+    return {
+        "version": f"{__version__} {code_digest()[:12]}", "model": run.prepared.digest,
+        "data": "" if run.data is None else run.data.digest, **options,
+    }  # fmt: skip
 
 
 OURS = "qopt"
@@ -110,7 +126,7 @@ OURS = "qopt"
 
 
 class Clock:
-    """Times the steps between its calls and passes their names on."""
+    """Times the steps between its calls and passes their names on; steps alike up to a colon are timed as one."""
 
     def __init__(self, progress: Callable[[str], None]) -> None:
         self.progress = progress
@@ -121,7 +137,7 @@ class Clock:
         """``step`` begins, the one before it ends."""
         now = time.perf_counter()
         self.seconds[self._step] = round(self.seconds.get(self._step, 0.0) + now - self._began, 3)
-        self._step, self._began = step, now
+        self._step, self._began = step.partition(":")[0], now
         if step:
             self.progress(step)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qopt.graph.model import Layer
 from qopt.job.run import Run
-from qopt.job.space import BATCH, input_moments, price, probe_images
+from qopt.job.space import BATCH, input_moments, price, probe_images, takes_rows
 from qopt.measure.fisher import Change, channel_divergences
 from qopt.passes.watcher import taped_bytes
 from qopt.quant import QuantizedRows, QuantizedWeight
@@ -55,7 +55,8 @@ def row_choices(run: Run, formats: Mapping[str, Sequence[WeightSpec]]) -> dict[s
     found = channel_divergences(graph, inputs, changes, batch_size=batch, seed=run.seed("rows"))
     return {
         name: RowChoices(
-            specs[name], _costs(run, layers[name], specs[name]), values.numpy(), layers[name].weights < SMALLEST
+            specs[name], _costs(run, layers[name], specs[name]), values.numpy(),
+            layers[name].weights < SMALLEST or not takes_rows(run, layers[name], specs[name]),
         )
         for name, values in found.items()
     }  # fmt: skip
@@ -69,7 +70,7 @@ def row_formats(formats: Sequence[WeightSpec]) -> tuple[WeightSpec, ...]:
 
 def _costs(run: Run, layer: Layer, specs: Sequence[WeightSpec]) -> dict[str, NDArray[np.float64]]:
     prices = [price(run, layer, spec) for spec in specs]
-    return {column: np.array([one[column] for one in prices]) / layer.channels for column in ("code_bits", "bytes")}
+    return {column: np.array([one[column] for one in prices]) / layer.channels for column in prices[0]}
 
 
 def _errors(run: Run, layer: Layer, specs: Sequence[WeightSpec], moment: Tensor) -> Tensor:

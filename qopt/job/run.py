@@ -17,14 +17,15 @@ from qopt.config import Options
 from qopt.data import Data, Split
 from qopt.graph.model import Prepared
 from qopt.graph.stored import stays_in_file
-from qopt.hardware.cost_model import CostModel
+from qopt.hardware.checked import CheckedModel, load_model
+from qopt.hardware.describe import NetworkDescription, describe
 from qopt.hardware.targets import Target
 from qopt.measure.network import Normalisation, TwinClassifier
 from qopt.measure.robustness import BATCH
 from qopt.plan import Plan
-from qopt.plugins import load
 from qopt.quantize import Quantizer, WeightOnly
 from qopt.seeds import derive
+from qopt.spec import FLOAT_ACTIVATION
 from qopt.threat import ThreatModel
 
 Progress = Callable[[str], None]
@@ -113,9 +114,18 @@ class Run:
         return TwinClassifier(self.quantizer.float_graph, self.normalisation, self.prepared.batch)
 
     @cached_property
-    def cost_models(self) -> tuple[CostModel, ...]:
-        """The target's cost models, loaded once."""
-        return tuple(load("qopt.cost_models", name, "--target")() for name in self.target.cost_models)
+    def cost_models(self) -> tuple[CheckedModel, ...]:
+        """The target's cost models, loaded and calibrated once and held to their contract."""
+        return tuple(load_model(name).calibrated(self.cache, self.progress) for name in self.target.cost_models)
+
+    @cached_property
+    def network(self) -> NetworkDescription:
+        """What cost models are told of the network: activations as wide as the target has them, float without data.
+
+        A streamed network is not run for the shapes of tensors between its layers.
+        """
+        activations = FLOAT_ACTIVATION if self.data is None else self.target.activations
+        return describe(self.prepared, activations.bits, observe=not self.streamed)
 
     def seed(self, *names: str | int) -> int:
         """The seed for one use of chance."""

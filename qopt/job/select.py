@@ -70,7 +70,7 @@ def select(run: Run, entries: Sequence[Entry]) -> tuple[Applied, list[EvaluatedP
     image. So a plan gains nothing by gradients that its quantizers mask: what fools the plans beside it counts.
     """
     run.progress("measured selection")
-    contest = _Contest(_Judge.of(run))
+    contest = _Contest(Judge.of(run))
     first, *others = entries
     tried = variants(run.options)
     scores = {variant: contest.enter(run, first, variant) for variant in _suited(first, tried)}
@@ -85,7 +85,7 @@ def duel(run: Run, chosen: Applied, other: Run, name: str, plan: Plan) -> tuple[
 
     Returns the second made real, and the rows of both: measured as `select` does, and by each other's examples.
     """
-    contest = _Contest(_Judge.of(run))
+    contest = _Contest(Judge.of(run))
     contest.add(run, "", chosen)
     applied = other.quantizer.apply(plan)
     contest.add(other, f"{name}, {Variant(plan.rounding, plan.bias_correction).label}", applied)
@@ -120,7 +120,7 @@ class _Contender:
 class _Contest:
     """The plans measured so far; where nothing is attacked, all but the best are let go."""
 
-    def __init__(self, judge: _Judge) -> None:
+    def __init__(self, judge: Judge) -> None:
         self._judge = judge
         self._rows: list[EvaluatedPlan] = []
         self._contenders: list[_Contender] = []
@@ -167,7 +167,7 @@ def total(row: EvaluatedPlan) -> float:
 
 @final
 @dataclass(frozen=True, eq=False)
-class _Judge:
+class Judge:
     """The select images: all of them clean, and those that float withstands an attack on, as float's attack left them.
 
     ``labels`` and ``seed`` are for the attack on a plan's own twin; ``share`` is the part of all images withstood.
@@ -181,17 +181,17 @@ class _Judge:
     share: float
 
     @staticmethod
-    def of(run: Run) -> _Judge:
+    def of(run: Run) -> Judge:
         assert run.data is not None
         images, adversarial = probe_images(run, "select")
         clean = Probe.of(run.float_twin, images)
         labels = torch.from_numpy(run.data.select.labels[: len(images)])
         if adversarial is None:
-            return _Judge(run, clean, None, None, labels, 0.0)
+            return Judge(run, clean, None, None, labels, 0.0)
         kept = withstood(run, "select")
         held = Probe(images[kept], clean.reference[kept])
         share = float(kept.double().mean())
-        return _Judge(run, clean, held, Probe(adversarial[kept], held.reference), labels[kept], share)
+        return Judge(run, clean, held, Probe(adversarial[kept], held.reference), labels[kept], share)
 
     def examples(self, twin: TwinClassifier) -> Tensor | None:
         """What a short PGD on ``twin`` makes of the images that float withstands; None where there are none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,16 +10,17 @@ from torch import Tensor
 
 from qopt.cache import digest_arrays
 from qopt.data import Split
+from qopt.errors import UsageError
 from qopt.graph.model import Layer, Prepared
-from qopt.hardware.cost_model import LayerDescription
 from qopt.job.lipschitz_limit import lipschitz_graph, lipschitz_limit, with_operator_norms
+from qopt.job.prices import check_memory, fixed_costs
 from qopt.job.run import Run
 from qopt.measure.divergence import Probe, layer_sensitivities
 from qopt.measure.norms import candidate_norms, layer_norms, weighted_errors
 from qopt.passes.base import Pipeline
 from qopt.passes.observe_moments import ObserveMoments
 from qopt.quantize import whole_batches
-from qopt.search.space import Candidate, LayerSpace, Space
+from qopt.search.space import Candidate, LayerSpace, Space, column_of
 from qopt.spec import WeightSpec
 
 MOMENT_IMAGES = 64
@@ -40,17 +41,16 @@ LEAST_SENSITIVITY_IMAGES = 8
 Sensitivities = Mapping[tuple[str, WeightSpec], float]
 
 
-def describe(layer: Layer) -> LayerDescription:
-    """What a cost model may know of the layer."""
-    return LayerDescription(layer.name, layer.op, layer.shape, layer.channels, layer.weights, layer.macs)
-
-
 def build_space(run: Run, candidates: Mapping[str, tuple[WeightSpec, ...]], *, measured: bool) -> Space:
     """All layers with their ``candidates`` (`capable`).
 
     With ``measured`` and data, sensitivities are KL divergences of one layer quantized at a time; without data they
     are squared relative errors of the weights.
+
+    Raises:
+        InfeasibleError: the activations alone take more memory than a limit allows.
     """
+    check_memory(run)
     moments = _moments(run) if measured and run.data is not None else {}
     sensitivities = _sensitivities(run, candidates) if measured and run.data is not None else {}
     run.progress("norms of every candidate")
@@ -58,27 +58,50 @@ def build_space(run: Run, candidates: Mapping[str, tuple[WeightSpec, ...]], *, m
         _layer_space(run, layer, candidates[layer.name], moments.pop(layer.name, None), sensitivities)
         for layer in run.prepared.layers
     )  # fmt: skip
+    fixed = fixed_costs(run, candidates)
     if lipschitz_limit(run) is None or not any(candidates.values()):
-        return Space(layers, run.target.limits)
+        return Space(layers, run.target.limits, fixed=fixed)
     run.progress("operator norms of every candidate")
     graph = lipschitz_graph(run)
-    return Space(with_operator_norms(run, graph, layers), run.target.limits, potentials=graph.potentials)
+    layers = with_operator_norms(run, graph, layers)
+    return Space(layers, run.target.limits, potentials=graph.potentials, fixed=fixed)
 
 
 def capable(run: Run, formats: tuple[WeightSpec, ...]) -> dict[str, tuple[WeightSpec, ...]]:
-    """Layer to those of ``formats`` that every cost model of the target takes there."""
+    """Layer to those of ``formats`` that every cost model of the target takes there.
+
+    Raises:
+        UsageError: a cost model takes none of them.
+    """
     found = {}
-    for layer in run.prepared.layers:
+    for layer in run.network.layers:
         kept = formats
         for model in run.cost_models:
-            kept = model.capabilities(describe(layer), kept)
+            left = model.capabilities(layer, kept)
+            if kept and not left:
+                raise UsageError(
+                    f"{model.name} takes none of the formats for a layer", where=f"layer {layer.name}",
+                    got=", ".join(map(str, kept)), fix="leave out a target, or quantize activations: give --data",
+                )  # fmt: skip
+            kept = left
         found[layer.name] = kept
     return found
 
 
+def takes_rows(run: Run, layer: Layer, formats: Sequence[WeightSpec]) -> bool:
+    """Whether every cost model of the target takes a weight whose output channels differ in format."""
+    mixed = WeightSpec.of_rows([formats[i % len(formats)] for i in range(layer.channels)])
+    return all(model.capabilities(run.network.layer(layer.name), (mixed,)) for model in run.cost_models)
+
+
 def price(run: Run, layer: Layer, spec: WeightSpec) -> dict[str, float]:
-    """All that the cost models of the target ask for a layer in a format."""
-    return {k: v for model in run.cost_models for k, v in model.layer_cost(describe(layer), spec).items()}
+    """All that the cost models of the target ask for a layer in a format, by column."""
+    described = run.network.layer(layer.name)
+    return {
+        column_of(quantity, model.name): cost
+        for model in run.cost_models
+        for quantity, cost in model.layer_cost(described, spec).items()
+    }
 
 
 def _layer_space(
@@ -98,13 +121,14 @@ def _layer_space(
         candidates.append(
             Candidate(
                 spec=spec,
-                code_bits=cost["code_bits"],
-                bytes=int(cost["bytes"]),
+                code_bits=cost.pop("code_bits"),
+                bytes=int(cost.pop("bytes")),
                 norm=norm_q,
                 error=error,
                 row_error=row_error,
                 weighted=weighted_error,
                 sensitivity=sensitivities.get((layer.name, spec), relative**2),
+                costs=cost,
             )
         )
     return LayerSpace(layer.name, layer.weights, norm, row_norm, tuple(candidates))

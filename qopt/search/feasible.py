@@ -9,8 +9,10 @@ from dataclasses import replace
 import numpy as np
 
 from qopt.errors import InfeasibleError
+from qopt.limits import Limit
+from qopt.limits import readable as readable_cost
 from qopt.search.ceiling import Ceiling, build_ceiling, keeps
-from qopt.search.items import FULL, Item, build_items
+from qopt.search.items import FULL, Item, build_items, total
 from qopt.search.solver import gentlest_plan, minimise
 from qopt.search.space import LayerSpace, Space, costs
 
@@ -49,21 +51,55 @@ def feasible(space: Space) -> bool:
 def infeasible(space: Space) -> InfeasibleError:
     """The error for a space without a plan: the first limit that cannot be kept even alone, with what can be reached.
 
-    Where each can be kept alone, of a Lipschitz limit what can be reached within the others.
+    Where each can be kept alone, of one limit what can be reached within the others.
     """
-    for limit, (column, budget) in zip(space.additive, space.budgets(), strict=True):
+    for limit, column, budget in space.limited():
         least = least_spent(space.layers, column)
         if least > budget:
-            got = f"at least {least / space.weights:.4g} bits"
-            if limit.quantity != "bits":
-                got = f"at least {least + space.table_bytes:.0f} bytes, the tables of all candidate formats included,"
             return InfeasibleError(
-                "no plan keeps the limit", where=str(limit), got=f"{got} with these candidates",
+                "no plan keeps the limit", where=str(limit), got=_reachable(space, limit, column, least),
                 fix="raise the limit or choose a target with lower-bit candidates",
             )  # fmt: skip
-    return _too_steep(space) or InfeasibleError(
-        "no plan keeps all limits and ties at once", got=", ".join(map(str, space.limits)), fix="raise a limit"
+    return (
+        _too_steep(space)
+        or _together(space)
+        or InfeasibleError(
+            "no plan keeps all limits and ties at once", got=", ".join(map(str, space.limits)), fix="raise a limit"
+        )
     )
+
+
+def _together(space: Space) -> InfeasibleError | None:
+    """For limits on sums that can each be kept alone, but not at once: what can be reached of one within the others."""
+    limited = space.limited()
+    try:
+        items = build_items(space)
+    except InfeasibleError as error:
+        return error
+    for place, (limit, column, budget) in enumerate(limited if len(limited) > 1 else ()):
+        others = [
+            replace(item, costs=np.delete(item.costs, place, axis=1), sensitivities=item.costs[:, place])
+            for item in items
+        ]
+        picks = minimise(others, None, 1.0, SECONDS).picks
+        if picks is not None and budget > 0:
+            got = _reachable(space, limit, column, budget * total(others, picks))
+            within = ", ".join(dict.fromkeys(str(other) for i, (other, _, _) in enumerate(limited) if i != place))
+            return InfeasibleError(
+                "no plan keeps all limits at once", where=str(limit), got=f"{got}, within {within}", fix="raise a limit"
+            )
+    return None
+
+
+def _reachable(space: Space, limit: Limit, column: str, least: float) -> str:
+    """The cheapest value of a limited quantity that a plan can have."""
+    if column == "code_bits":
+        return f"at least {least / space.weights:.4g} bits with these candidates"
+    if column == "bytes":
+        least = least + space.table_bytes
+        return f"at least {least:.0f} bytes, the tables of all candidate formats included, with these candidates"
+    found = readable_cost(limit.quantity, least + space.beside(column))
+    return f"at least {found} {column.removeprefix(limit.quantity).strip()} with these candidates"
 
 
 def least_spent(layers: Iterable[LayerSpace], column: str) -> float:

@@ -30,6 +30,7 @@ class Candidate:
             without data.
         sensitivity: what choosing it costs the network, in the unit of the search; smaller is better.
         operator: the l2 operator norm of what the layer computes with ``W_q``; None where no limit asks for it.
+        costs: what else it costs, by column: ``QUANTITY on MODEL`` in the units of `qopt.limits`.
     """
 
     spec: WeightSpec
@@ -41,6 +42,7 @@ class Candidate:
     weighted: NormBound | None = None
     sensitivity: float = 0.0
     operator: NormBound | None = None
+    costs: Mapping[str, float] = field(default_factory=dict)
 
 
 @final
@@ -68,6 +70,7 @@ class Space:
     """All layers, the limits a plan must keep and the groups of layers that must share a format.
 
     ``potentials`` say how the network's Lipschitz constant follows from its layers, where a limit asks for it.
+    ``fixed`` is what a plan spends of a column whatever its formats: steps without weights, the program itself.
 
     Raises:
         PlanError: a tie names an unknown layer, or one that is in another tie; the potentials name an unknown layer.
@@ -77,6 +80,7 @@ class Space:
     limits: tuple[Limit, ...] = ()
     ties: tuple[tuple[str, ...], ...] = ()
     potentials: Potentials | None = None
+    fixed: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         known = [layer.layer for layer in self.layers]
@@ -102,20 +106,33 @@ class Space:
 
     @property
     def additive(self) -> tuple[Limit, ...]:
-        """The limits on sums over layers, in the order of `budgets`: all but those on the Lipschitz constant."""
-        return tuple(limit for limit in self.limits if limit.quantity != "lipschitz")
+        """The limits on sums over layers: all but those on the Lipschitz constant and on memory at once."""
+        return tuple(limit for limit in self.limits if limit.quantity not in ("lipschitz", "sram"))
 
     def budgets(self) -> tuple[tuple[str, float], ...]:
-        """Every additive limit as (column of `costs`, the most that may be spent).
+        """Every additive limit as (column of `costs`, the most that may be spent), see `limited`."""
+        return tuple((column, budget) for _, column, budget in self.limited())
 
-        Limits in bytes set aside the tables of all candidate formats, whether or not a plan uses them: which tables
-        the file needs is no sum over layers, and a plan must never exceed its limit.
+    def limited(self) -> tuple[tuple[Limit, str, float], ...]:
+        """Every additive limit with each column that it bounds and the most that layers may spend of it.
+
+        A limit bounds its quantity on every cost model that prices it. Limits in bytes of the file set aside the tables
+        of all candidate formats, whether or not a plan uses them: which tables the file needs is no sum over layers,
+        and a plan must never exceed its limit.
 
         Raises:
             UsageError: a limit on something that no cost model of this run prices.
         """
         unpriced = [limit for limit in self.limits if limit.quantity == "lipschitz" and self.potentials is None]
-        return tuple(_budget(limit, self) for limit in (*unpriced, *self.additive))
+        return tuple(
+            (limit, column, limit.bound * self.weights if column == "code_bits" else limit.bound - self.beside(column))
+            for limit in (*unpriced, *self.additive)
+            for column in _columns(limit, self)
+        )
+
+    def beside(self, column: str) -> float:
+        """What of a column's limit is spent beside the layers."""
+        return float(self.table_bytes) if column == "bytes" else self.fixed.get(column, 0.0)
 
     @property
     def table_bytes(self) -> int:
@@ -126,7 +143,12 @@ class Space:
 
 def costs(candidate: Candidate) -> Mapping[str, float]:
     """The additive costs of a candidate by column."""
-    return {"code_bits": candidate.code_bits, "bytes": float(candidate.bytes)}
+    return {"code_bits": candidate.code_bits, "bytes": float(candidate.bytes), **candidate.costs}
+
+
+def column_of(quantity: str, model: str) -> str:
+    """The column of what a cost model asks for; those of storage, which every target prices, have plain names."""
+    return quantity if quantity in ("code_bits", "bytes") and model == "bits" else f"{quantity} on {model}"
 
 
 @final
@@ -167,12 +189,17 @@ class Strategy(Protocol):
         ...
 
 
-def _budget(limit: Limit, space: Space) -> tuple[str, float]:
+def _columns(limit: Limit, space: Space) -> tuple[str, ...]:
+    """The columns that a limit bounds; program memory is the file's bytes where no device prices it."""
     if limit.quantity == "bits":
-        return "code_bits", limit.bound * space.weights
-    if limit.quantity in ("size", "flash"):
-        return "bytes", limit.bound - space.table_bytes
+        return ("code_bits",)
+    if limit.quantity == "size":
+        return ("bytes",)
+    columns = {column for layer in space.layers for candidate in layer.candidates for column in candidate.costs}
+    priced = tuple(sorted(column for column in columns if column.startswith(f"{limit.quantity} on ")))
+    if priced or limit.quantity == "flash":
+        return priced or ("bytes",)
     raise UsageError(
         f"no cost model of this target prices {limit.quantity}", where="--limit", got=str(limit),
-        fix="limits on bits, size and flash are priced by every target",
+        fix="limits on bits, size and flash are priced by every target; `qopt targets` lists what prices others",
     )  # fmt: skip

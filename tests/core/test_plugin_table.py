@@ -84,7 +84,7 @@ def test_a_plugin_that_does_not_load_is_named_and_hides_no_other(tmp_path: Path,
     )
     assert reason in found["broken"]
     assert found["qopt.cost_models"]["broken"][2] == found["broken"].removeprefix("PluginError: ")
-    assert [row[2] for name, row in found["qopt.cost_models"].items() if name != "broken"] == [None]
+    assert {row[2] for name, row in found["qopt.cost_models"].items() if name != "broken"} == {None}
     assert found["bits"] == "<class 'qopt.hardware.bits.BitsModel'>"
 
 
@@ -125,7 +125,7 @@ def test_built_in_names_load_and_call_themselves_so(group: str) -> None:
     ("group", "name", "words"),
     [
         ("qopt.searches", "gredy", ["--search: unknown name (got 'gredy')", "did you mean 'greedy'"]),
-        ("qopt.searches", "", ["one of exact, greedy, lipschitz, uniform"]),
+        ("qopt.searches", "", ["one of exact, greedy, lipschitz, optuna, quanos, refit, uniform"]),
         ("qopt.nothing", "greedy", ["there are none"]),
     ],
 )

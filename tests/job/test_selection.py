@@ -18,7 +18,7 @@ from qopt.job import run as run_module
 from qopt.job.choose import _affords_more
 from qopt.job.optimize import Task, start
 from qopt.job.run import Run
-from qopt.job.select import Variant, _Contest, _Judge, variants
+from qopt.job.select import Judge, Variant, _Contest, variants
 from qopt.passes.insert_activation_quantizers import set_gradient
 from qopt.plan import uniform
 from qopt.quantize import Applied
@@ -119,7 +119,7 @@ def twins(run: Run) -> tuple[Applied, Applied]:
 
 def test_a_masked_plan_alone_looks_more_robust(run: Run, twins: tuple[Applied, Applied]) -> None:
     """No gradient passes its quantizers, so that it is attacked in vain; it must gain nothing by that."""
-    honest, masked = (_Contest(_Judge.of(run)).add(run, name, twin) for name, twin in zip("ab", twins, strict=True))
+    honest, masked = (_Contest(Judge.of(run)).add(run, name, twin) for name, twin in zip("ab", twins, strict=True))
     assert masked < 0.9 * honest
 
 
@@ -127,7 +127,7 @@ def test_a_masked_plan_alone_looks_more_robust(run: Run, twins: tuple[Applied, A
 def test_beside_an_honest_plan_a_masked_one_does_not(
     run: Run, twins: tuple[Applied, Applied], masked_first: bool
 ) -> None:
-    contest = _Contest(_Judge.of(run))
+    contest = _Contest(Judge.of(run))
     for twin in reversed(twins) if masked_first else twins:
         contest.add(run, "plan", twin)
     _, rows = contest.settle()
@@ -137,7 +137,7 @@ def test_beside_an_honest_plan_a_masked_one_does_not(
 
 def test_without_attacks_only_the_best_is_kept(run: Run, twins: tuple[Applied, Applied]) -> None:
     clean = replace(run, options=replace(run.options, robust=False))
-    contest = _Contest(_Judge.of(clean))
+    contest = _Contest(Judge.of(clean))
     coarse = clean.quantizer.apply(twins[0].plan.with_changes(weights=dict.fromkeys(names(clean), "int2:max")))
     for applied in (coarse, twins[0]):
         contest.add(clean, "plan", applied)
@@ -162,7 +162,7 @@ def test_a_large_network_affords_fewer_images(
     monkeypatch.setattr(run_module, "LEAST_PROBE_IMAGES", 2)
     assert run.probe_images == images
     fresh = replace(run, options=replace(run.options, robust=False))
-    assert len(_Judge.of(fresh).clean.images) == images
+    assert len(Judge.of(fresh).clean.images) == images
 
 
 @pytest.mark.parametrize("cheap", [False, True])

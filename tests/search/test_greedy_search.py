@@ -330,7 +330,7 @@ def test_limits_in_bytes_set_tables_aside(make_space: MakeSpace) -> None:
         GreedySearch()(make_space(layers, [Limit("size", exact - 1)]))
 
 
-@pytest.mark.parametrize("quantity", ["latency", "energy", "sram", "lipschitz"])
+@pytest.mark.parametrize("quantity", ["latency", "energy", "bops", "lipschitz"])
 def test_a_limit_that_nothing_prices_is_refused(make_space: MakeSpace, quantity: Any) -> None:
     space = make_space([("a", 10, 1, {"int4": 0.0})], [Limit(quantity, 1.0)])
     with pytest.raises(UsageError, match=f"no cost model of this target prices {quantity}"):
