@@ -101,7 +101,7 @@ def optimize(
         raise UsageError("nothing to resume from", where="resume", fix="give out, the folder of the interrupted run")
     resolved = resolve_options(target=target, robust=robust, limits=limits, gates=gates, eps=eps, **options)
     chosen = read_plan(Path(plan)) if isinstance(plan, str | Path) else plan
-    loaded = load_data(str(data)) if isinstance(data, str | Path) else data
+    loaded = None if data is None else _loaded(data)
     shape = input_shape or (None if loaded is None else tuple(loaded.report.images.shape[1:]))
     if isinstance(model, nn.Module):
         if shape is None and example is None:
@@ -119,10 +119,10 @@ def optimize(
     where = str(data) if isinstance(data, str | Path) else None
     command = reproduce(name if isinstance(model, nn.Module) else str(model), where, resolved, extra)
     task = Task(graph, name, loaded, resolved, chosen, source, command, axes or {}, emit)
-    folder, kept = None if out is None else Path(out), Cache(Path(cache) if cache is not None else None)
+    folder = None if out is None else Path(out)
     journal = Journal(None if folder is None else folder / JOURNAL, resume=resume)
     with kept_plan(journal, folder):
-        bundle = optimize_model(task, kept, progress or (lambda step: None), journal)
+        bundle = optimize_model(task, _kept(cache), progress or _silent, journal)
     if folder is not None:
         bundle.write(folder)
         journal.discard()
@@ -186,13 +186,12 @@ def attack(
         ModelError: a model that is corrupt, unsafe, no classifier of images, or with logits that are not finite (3).
     """
     task = AttackTask(
-        Path(model), load_data(str(data)) if isinstance(data, str | Path) else data, norm,
-        parse_eps(eps) if isinstance(eps, str) else eps, preset, images,
+        Path(model), _loaded(data), norm, _radius(eps), preset, images,
         tuple(source if isinstance(source, Source) else Source.parse(str(source)) for source in sources), batch, seed,
         Normalisation(mean, std), gradients, factory, trust, input_shape, threads,
         None if save is None else Path(save),
     )  # fmt: skip
-    return attack_model(task, Cache(None if cache is None else Path(cache)), progress or (lambda step: None))
+    return attack_model(task, _kept(cache), progress or _silent)
 
 
 def certify(
@@ -238,11 +237,10 @@ def certify(
         ModelError: a model that cannot be loaded, classifies no images, or has an operator without bounds (3).
     """
     task = CertifyTask(
-        Path(model), load_data(str(data)) if isinstance(data, str | Path) else data, norm,
-        parse_eps(eps) if isinstance(eps, str) else eps, method, images, radius, seed, factory, trust, input_shape,
+        Path(model), _loaded(data), norm, _radius(eps), method, images, radius, seed, factory, trust, input_shape,
         threads,
     )  # fmt: skip
-    return certify_model(task, Cache(None if cache is None else Path(cache)), progress or (lambda step: None))
+    return certify_model(task, _kept(cache), progress or _silent)
 
 
 def analyze(
@@ -290,13 +288,13 @@ def analyze(
         ModelError: a model that cannot be loaded, has no layer to quantize, or that no image runs through though
             there is data (3).
     """
-    loaded = load_data(str(data)) if isinstance(data, str | Path) else data
+    loaded = None if data is None else _loaded(data)
     shape = input_shape or (None if loaded is None else tuple(loaded.report.images.shape[1:]))
     task = AnalyzeTask(
-        Path(model), loaded, norm, parse_eps(eps) if isinstance(eps, str) else eps, target, formats, images, seed, mean,
+        Path(model), loaded, norm, _radius(eps), target, formats, images, seed, mean,
         std, factory, trust, input_shape or _needed(Path(model), shape),
     )  # fmt: skip
-    return analyze_model(task, Cache(None if cache is None else Path(cache)), progress or (lambda step: None))
+    return analyze_model(task, _kept(cache), progress or _silent)
 
 
 def load(
@@ -304,6 +302,22 @@ def load(
 ) -> Any:
     """A model file as an `onnx_ir.Model`, loaded as `optimize` loads it, with the same errors."""
     return load_model(Path(path), factory=factory, trust=trust, input_shape=input_shape)
+
+
+def _loaded(data: str | Path | Data) -> Data:
+    return data if isinstance(data, Data) else load_data(str(data))
+
+
+def _radius(eps: float | str | None) -> float | None:
+    return parse_eps(eps) if isinstance(eps, str) else eps
+
+
+def _kept(cache: str | Path | None) -> Cache:
+    return Cache(None if cache is None else Path(cache))
+
+
+def _silent(step: str) -> None:
+    del step
 
 
 def _source(path: Path) -> dict[str, Any]:

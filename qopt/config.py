@@ -19,6 +19,7 @@ Equalisation = Literal["auto", "on", "off"]
 Effort = Literal["fast", "normal", "max"]
 Calibration = Literal["auto", "clean", "adversarial", "mixed"]
 Dialect = Literal["folding", "qdq"]
+Sensitivity = Literal["auto", "error", "weighted", "noise", "divergence", "clean-divergence"]
 
 _WORDS: dict[str, tuple[str, ...]] = {
     "norm": get_args(Norm),
@@ -30,6 +31,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "effort": get_args(Effort),
     "calibration": get_args(Calibration),
     "dialect": get_args(Dialect),
+    "sensitivity": get_args(Sensitivity),
 }
 
 
@@ -49,6 +51,10 @@ class Options:
         robust: thresholds filter, sensitivities are measured on adversarial examples, the attacks run and the gates
             of robustness apply.
         search: a name in the group `qopt.searches`.
+        sensitivity: what a search sums up over layers: ``error``, ``(||dW|| / ||W||)^2``; ``weighted``, the same on the
+            layer's inputs, ``||dW C^(1/2)||``; ``noise``, ``error`` times how far an attack moves the layer (QUANOS);
+            ``divergence``, what the layer alone does to the predictions on images as hard as float withstands them
+            (clean ones without ``robust``); ``clean-divergence``. ``auto`` is ``divergence`` with data, else ``error``.
         limits: limits beside those of the target.
         gates: conditions on the emitted file; None for the defaults (three with ``robust``, else none).
         norm: of the threat model.
@@ -85,6 +91,7 @@ class Options:
     target: str = "int4"
     robust: bool = False
     search: str = "greedy"
+    sensitivity: Sensitivity = "auto"
     limits: tuple[Limit, ...] = ()
     gates: tuple[Gate, ...] | None = None
     norm: Norm = "linf"

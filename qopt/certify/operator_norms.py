@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qopt.certify.maps import Average, Convolution, Map, Pick, Product, Scaling, Shape
-from qopt.lipschitz import max_row_sum, spectral_norm
+from qopt.lipschitz import NormBound, max_row_sum, spectral_norm
 from qopt.lipschitz.layer import operator_l2, operator_linf
 from qopt.lipschitz.operator import Operator
 from qopt.threat import Norm
@@ -20,18 +20,29 @@ OUTWARD: Final = 1 + 2.0**-36
 
 def operator_norm(map_: Map, source: Shape, norm: Norm) -> float:
     """``sup ||W x|| / ||x||`` over inputs of shape ``source``, from above; the offset does not count."""
+    return map_norm(map_, source, norm).upper
+
+
+def map_norm(map_: Map, source: Shape, norm: Norm, *, where: str = "weight") -> NormBound:
+    """The same with a lower bound, which is 0 where only sums of rows and columns are known.
+
+    Raises:
+        CorruptModelError: NaN or infinite weights of a convolution or a product, in the layer ``where``.
+    """
     if isinstance(map_, Scaling):
-        return 1.0 if map_.factor is None else float(map_.factor.abs().max())
+        size = 1.0 if map_.factor is None else float(map_.factor.abs().max())
+        return NormBound(size, size, "largest factor")
     if isinstance(map_, Product):
-        return (max_row_sum(map_.weight) if norm == "linf" else spectral_norm(map_.weight)).upper
+        return (max_row_sum if norm == "linf" else spectral_norm)(map_.weight, where=where)
     if isinstance(map_, Convolution) and len(map_.stride) <= 2:
         pads = tuple((pad, pad) for pad in map_.padding)
         operator = Operator(
             "convolution", groups=map_.groups, stride=map_.stride, dilation=map_.dilation, padding=pads,
             size=source[1:],
         )  # fmt: skip
-        return (operator_linf if norm == "linf" else operator_l2)(map_.weight, operator).upper
-    return largest_sums(map_, source)[0] if norm == "linf" else schur(map_, source)
+        return (operator_linf if norm == "linf" else operator_l2)(map_.weight, operator, where=where)
+    sums = largest_sums(map_, source)[0] if norm == "linf" else schur(map_, source)
+    return NormBound(0.0, sums, "row and column sums")
 
 
 def schur(map_: Map, source: Shape) -> float:

@@ -56,9 +56,8 @@ def analyze(
 
     radius = None if eps is None else parse_eps(eps)
     ThreatModel(norm)  # type: ignore[arg-type]
-    for option, number in (("--threads", threads), ("--images", images)):
-        if number is not None and number < 1:
-            raise UsageError("must be at least 1", where=option, got=str(number))
+    if images < 1:
+        raise UsageError("must be at least 1", where="--images", got=str(images))
     names = tuple(word for word in formats.split(",") if word.strip())
     analysed_formats(target, names)
     options: dict[str, Any] = {

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from qopt.commands.running import cache_folder, image_shape, numbers, working
-from qopt.errors import UsageError
 
 EXAMPLES = """
 Examples:
@@ -83,8 +82,6 @@ def _check(norm: str, eps: str | None, save: Path | None) -> None:
 
 
 def _run(model: Path, data: str, quiet: bool, threads: int | None, options: dict[str, Any], *, kept: bool) -> Any:
-    if threads is not None and threads < 1:
-        raise UsageError("must be at least 1", where="--threads", got=str(threads))
     fix = "the same command goes on where it stopped" if kept else None
     with working(quiet, threads, fix) as progress:
         import torch

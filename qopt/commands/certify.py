@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from qopt.commands.running import cache_folder, image_shape, working
-from qopt.errors import UsageError
 
 EXAMPLES = """
 Examples:
@@ -49,8 +48,6 @@ def certify(
 
     radius_of_ball = None if eps is None else parse_eps(eps)
     ThreatModel(norm)  # type: ignore[arg-type]
-    if threads is not None and threads < 1:
-        raise UsageError("must be at least 1", where="--threads", got=str(threads))
     options: dict[str, Any] = {
         "norm": norm, "eps": radius_of_ball, "method": method, "images": images, "radius": radius, "factory": factory,
         "input_shape": image_shape(input_shape), "trust": trust, "seed": seed,

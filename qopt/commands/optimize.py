@@ -46,6 +46,10 @@ def optimize(
     search: Annotated[
         str, typer.Option(help="Strategy: greedy, exact, refit, optuna, quanos, lipschitz, uniform.")
     ] = "greedy",
+    sensitivity: Annotated[
+        str,
+        typer.Option(help="Summed over layers: auto, error, weighted, noise, divergence, clean-divergence."),
+    ] = "auto",
     thresholds: Annotated[str, typer.Option(help="Form: auto, paper, relative, weighted, none.")] = "auto",
     threshold: Annotated[float, typer.Option(help="Bound of relative and weighted thresholds.")] = 0.25,
     plan: Annotated[Path | None, typer.Option(help="A plan.json to apply instead of searching.")] = None,
@@ -100,7 +104,8 @@ def optimize(
     check_folder(folder)
     options: dict[str, Any] = {
         "target": target, "robust": robust, "norm": norm, "eps": eps, "limits": tuple(limit or ()),
-        "gates": tuple(gate) if gate else None, "search": search, "thresholds": thresholds, "threshold": threshold,
+        "gates": tuple(gate) if gate else None, "search": search, "sensitivity": sensitivity,
+        "thresholds": thresholds, "threshold": threshold,
         "activations": activations, "rounding": rounding, "bias_correction": bias_correction,
         "equalisation": equalisation, "rows": rows, "effort": effort, "seed": seed,
         "mean": numbers(mean, "--mean"), "std": numbers(std, "--std"), "calibration": calibration,

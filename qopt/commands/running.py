@@ -31,7 +31,10 @@ def working(quiet: bool, threads: int | None, fix: str | None = None) -> Iterato
 
     Raises:
         InterruptedRunError: Ctrl-C; it says what was written, by default nothing, and ``fix`` how to go on.
+        UsageError: less than one thread.
     """
+    if threads is not None and threads < 1:
+        raise UsageError("must be at least 1", where="--threads", got=str(threads))
     from qopt.progress import reporter
     from qopt.quiet import stdout_to_stderr
 

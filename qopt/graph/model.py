@@ -141,6 +141,11 @@ class Prepared:
         """Whether it classifies images: one float image in, one row of logits out."""
         return not self.other
 
+    @property
+    def macs(self) -> int:
+        """Multiplications of all layers for one image."""
+        return sum(layer.macs for layer in self.layers)
+
     def layer(self, name: str) -> Layer:
         """The layer called ``name``; raises UsageError that offers the nearest names."""
         for layer in self.layers:

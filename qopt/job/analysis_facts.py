@@ -10,15 +10,13 @@ from torch import Tensor
 
 from qopt.graph.model import Layer
 from qopt.job.run import Run
-from qopt.job.space import price
+from qopt.job.space import layer_space
 from qopt.lipschitz import NormBound
 from qopt.measure import amplification
 from qopt.measure.amplification import LayerActivity
 from qopt.measure.layer_operators import LayerOperators, all_norms
 from qopt.measure.loss_changes import LossChange
-from qopt.measure.norms import candidate_norms, layer_norms, weighted_errors
 from qopt.report.analysis_report import Activity, Bound, CandidateFacts, LayerFacts, Measured, Range
-from qopt.search.space import Candidate, LayerSpace
 from qopt.search.thresholds import Thresholds, paper_thresholds
 from qopt.spec import WeightSpec
 
@@ -65,26 +63,15 @@ def _layer(run: Run, layer: Layer, specs: Sequence[WeightSpec], operators: Layer
 
 
 def _candidates(run: Run, layer: Layer, specs: Sequence[WeightSpec], moment: Tensor | None) -> list[CandidateFacts]:
-    norm, row_norm = layer_norms(run.weights, layer, run.cache)
-    weighted: Sequence[NormBound | None] = [None] * len(specs)
-    if moment is not None:
-        weighted = weighted_errors(run.weights, layer, specs, moment)
-    rows = []
-    for spec, error_in_use in zip(specs, weighted, strict=True):
-        norm_q, error, row_error = candidate_norms(run.weights, layer, spec, run.cache)
-        cost = price(run, layer, spec)
-        candidate = Candidate(
-            spec, cost["code_bits"], int(cost["bytes"]), norm_q, error, row_error, weighted=error_in_use
+    space = layer_space(run, layer, tuple(specs), moment)
+    return [
+        CandidateFacts(
+            format=str(one.spec), bytes=one.bytes, norm_wq=_bound(one.norm), norm_dw=_bound(one.error),
+            paper=Thresholds("paper").excess(space, one), relative=Thresholds("relative", 1.0).excess(space, one),
+            weighted=None if one.weighted is None else _bound(one.weighted), measured=None,
         )
-        space = LayerSpace(layer.name, layer.weights, norm, row_norm, (candidate,))
-        facts = CandidateFacts(
-            format=str(spec), bytes=candidate.bytes, norm_wq=_bound(norm_q), norm_dw=_bound(error),
-            paper=Thresholds("paper").excess(space, candidate),
-            relative=Thresholds("relative", 1.0).excess(space, candidate),
-            weighted=None if error_in_use is None else _bound(error_in_use), measured=None,
-        )  # fmt: skip
-        rows.append(facts)
-    return rows
+        for one in space.candidates
+    ]  # fmt: skip
 
 
 def _bound(bound: NormBound) -> Bound:

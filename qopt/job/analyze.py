@@ -20,8 +20,9 @@ from qopt.job.analysis_facts import Found, layer_facts
 from qopt.job.analysis_formats import analysed_formats
 from qopt.job.analysis_ranking import correlations, verdict
 from qopt.job.optimize import Task, start
+from qopt.job.probes import MOMENT_IMAGES, input_moments, probe_images
 from qopt.job.run import Progress, Run
-from qopt.job.space import MOMENT_IMAGES, capable, input_moments, probe_images
+from qopt.job.space import capable
 from qopt.measure.amplification import layer_activity
 from qopt.measure.loss_changes import FloatLoss, LossChange, loss_changes
 from qopt.report.analysis_report import AnalysisReport

@@ -10,13 +10,15 @@ from typing import final
 from qopt.config import Options
 from qopt.errors import InfeasibleError, UsageError
 from qopt.job.algorithm_one import narrowed
-from qopt.job.evaluation import Evaluator, adversarial_noise
+from qopt.job.evaluation import Evaluator
 from qopt.job.journal import Journal
 from qopt.job.lipschitz_limit import account, lipschitz_limit, reached
 from qopt.job.prices import allocate_within, spent
 from qopt.job.row_formats import row_choices
 from qopt.job.run import Run
 from qopt.job.select import Entry, select
+from qopt.job.sensitivity import adversarial_noise
+from qopt.job.sensitivity import described as sensitivity_of
 from qopt.job.space import build_space, capable
 from qopt.limits import Limit
 from qopt.lipschitz import NormBound
@@ -24,8 +26,8 @@ from qopt.measure.norms import code_norms
 from qopt.plan import Plan, uniform
 from qopt.plugins import load
 from qopt.quantize import ROUNDINGS, Applied, AppliedWeights
-from qopt.report.model import EvaluatedPlan, SearchFacts
-from qopt.search.evaluation import Measure, MeasuredStrategy
+from qopt.report.model import EvaluatedPlan, MeasuredPlan, SearchFacts
+from qopt.search.evaluation import Measure, MeasuredStrategy, front, knee
 from qopt.search.lipschitz import LipschitzSearch
 from qopt.search.quanos import QuanosSearch
 from qopt.search.rows import RowChoices
@@ -80,14 +82,16 @@ def choose(run: Run, journal: Journal | None = None) -> Choice:
     outcomes = _searched(run, strategy, filtered.space, journal)
     entries, outcome = _plans(run, strategy, space, filtered, outcomes), outcomes[0]
     journal.propose(entries[0].plan)
-    applied, evaluated = _decide(run, entries)
+    applied, evaluated = _decide(run, entries, journal)
     limit = lipschitz_limit(run)
     if limit is not None:
-        applied, evaluated, notes = _held(run, strategy, limit, applied, evaluated)
+        applied, evaluated, notes = _held(run, strategy, limit, (applied, evaluated), journal)
         outcome = replace(outcome, notes=(*outcome.notes, *notes))
     outcome = replace(outcome, notes=(*outcome.notes, *spent(run, applied)))
     journal.propose(applied.plan)
-    return Choice(applied, space, _facts(run, strategy, filtered, outcome, evaluated), _norms(run, applied, space))
+    facts = _facts(run, strategy, filtered, outcome, evaluated)
+    facts = facts.model_copy(update={"measured": _measured(journal, applied.plan)})
+    return Choice(applied, space, facts, _norms(run, applied, space))
 
 
 def _strategy(run: Run) -> AnyStrategy:
@@ -126,7 +130,11 @@ def _check_lipschitz(run: Run) -> None:
 
 
 def _held(
-    run: Run, strategy: AnyStrategy, limit: Limit, applied: AppliedWeights, evaluated: list[EvaluatedPlan]
+    run: Run,
+    strategy: AnyStrategy,
+    limit: Limit,
+    selected: tuple[AppliedWeights, list[EvaluatedPlan]],
+    journal: Journal,
 ) -> tuple[AppliedWeights, list[EvaluatedPlan], tuple[str, ...]]:
     """The plan held to the Lipschitz limit as it was rounded in the end, with what is to be said of it.
 
@@ -136,6 +144,7 @@ def _held(
     Raises:
         InfeasibleError: the rounding that the user asked for breaks the limit.
     """
+    applied, evaluated = selected
     assert isinstance(applied, Applied)
     bounds, said = reached(run, applied), list[str]()
     if bounds.last.lipschitz > limit.bound and applied.plan.rounding != "nearest":
@@ -148,7 +157,7 @@ def _held(
             )  # fmt: skip
         nearest = replace(run, options=replace(run.options, rounding="nearest"))
         plan = applied.plan.with_changes(rounding="nearest")
-        applied, again = select(nearest, [Entry(f"{strategy.name} within {limit}", plan)])
+        applied, again = select(nearest, [Entry(f"{strategy.name} within {limit}", plan)], journal)
         known = {row.digest for row in again}
         first = [row.model_copy(update={"chosen": False}) for row in evaluated if row.digest not in known]
         evaluated = [*first, *again]
@@ -159,13 +168,29 @@ def _held(
     return applied, evaluated, (*said, account(run, bounds, limit))
 
 
-def _decide(run: Run, entries: list[Entry]) -> tuple[AppliedWeights, list[EvaluatedPlan]]:
+def _decide(run: Run, entries: list[Entry], journal: Journal) -> tuple[AppliedWeights, list[EvaluatedPlan]]:
     """The plan that measures best on images; without them the first, as it is."""
     if run.data is not None:
-        return select(run, entries)
+        return select(run, entries, journal)
     needed = "what attacks need" if run.unattacked else "--data"
     run.left_out.append(f"activation quantization, bias correction and measured selection: they need {needed}")
     return run.weights.apply(entries[0].plan), []
+
+
+def _measured(journal: Journal, chosen: Plan) -> list[MeasuredPlan]:
+    """Every plan that was measured, with the front of bits and divergences."""
+    records = journal.records
+    found, asked = [evaluation for _, evaluation in records], chosen.with_changes(ranges={}).digest
+    if not found:
+        return []
+    best, bend = set(front(found)), knee(found)
+    return [
+        MeasuredPlan(
+            code_bits=one.code_bits, bytes=one.bytes, clean=one.clean, robust=one.robust, front=place in best,
+            knee=place == bend, chosen=plan.digest == asked,
+        )
+        for place, (plan, one) in enumerate(records)
+    ]  # fmt: skip
 
 
 def _apply_given(run: Run, plan: Plan) -> Choice:
@@ -309,11 +334,9 @@ def _facts(
     thresholds = (
         "the strategy's own (paper)" if form is None else described.get(form.form, f"{form.form} <= {form.value:g}")
     )
-    images = "adversarial" if run.options.robust else "clean"
-    measured = f"KL divergence on {images} images, one layer quantized at a time"
-    sensitivity = measured if has_data else "squared relative error of the weights, no data"
     return SearchFacts(
-        strategy=strategy.name, sensitivity=sensitivity if strategy.uses_sensitivity else "norms of the weights",
+        strategy=strategy.name,
+        sensitivity=sensitivity_of(run) if strategy.uses_sensitivity else "norms of the weights",
         thresholds=thresholds, factor=filtered.factor, relaxed=list(filtered.relaxed), gap=outcome.gap,
         evaluated=evaluated, notes=list(outcome.notes),
     )  # fmt: skip

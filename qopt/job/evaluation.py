@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from functools import cached_property
 from typing import Any, final
 
 import numpy as np
-import torch
 
 from qopt.cache import digest_arrays
 from qopt.job.journal import Journal
+from qopt.job.judge import Judge
 from qopt.job.run import PROBE_STEPS, Run
-from qopt.job.select import Judge, Variant, variants
+from qopt.job.select import Variant, variants
 from qopt.measure.network import TwinClassifier
-from qopt.measure.noise_sensitivity import noise_sensitivity
-from qopt.measure.robustness import BATCH
 from qopt.plan import Plan
 from qopt.search.evaluation import Evaluation, Specs
-from qopt.size import code_bits, stored_bytes
-
-NOISE_IMAGES = 128
-"""Images on which the adversarial noise sensitivity of layers is measured, at most."""
 
 
 @final
@@ -45,8 +39,11 @@ class Evaluator:
         self._base = base.with_changes(rounding=variant.rounding, bias_correction=variant.bias_correction)
         self._count = 0
 
-    def __call__(self, specs: Specs) -> Evaluation:
-        """Make the plan real and measure it."""
+    def __call__(self, plans: Sequence[Specs]) -> list[Evaluation]:
+        """Make the plans real and measure them, one after the other."""
+        return [self._one(specs) for specs in plans]
+
+    def _one(self, specs: Specs) -> Evaluation:
         weights = {layer.name: str(specs[layer.name]) for layer in self._run.prepared.layers}
         plan = self._base.with_changes(weights=weights)
         self._count += 1
@@ -70,9 +67,7 @@ class Evaluator:
     def _measured(self, plan: Plan) -> Evaluation:
         applied = self._run.quantizer.apply(plan)
         twin = TwinClassifier(applied.graph, self._run.normalisation, self._run.prepared.batch)
-        stored = list(applied.quantized.stored(self._run.prepared))
-        robust = self._judge.first(twin, self._judge.examples(twin))
-        return Evaluation(self._judge.clean.divergence(twin), robust, code_bits(stored), stored_bytes(stored))
+        return self._judge.evaluation(self._run, applied, twin, self._judge.examples(twin))
 
     @cached_property
     def _judge(self) -> Judge:
@@ -83,7 +78,7 @@ class Evaluator:
         """What measurements depend on beside the plan."""
         run = self._run
         assert run.data is not None
-        few = run.data.select.first(run.options.probe_images)
+        few = run.data.select.first(run.probe_images)
         calibration = run.quantizer.calibration
         return {
             "model": run.prepared.digest, "images": digest_arrays(few.images, few.labels),
@@ -102,23 +97,3 @@ def rounding_of(run: Run) -> Variant:
     if quick:
         return (normal or quick)[-1]
     return Variant("gptq", tried[-1].bias_correction)
-
-
-def adversarial_noise(run: Run) -> dict[str, float]:
-    """Layer to its adversarial noise sensitivity on calibration images; cached."""
-    assert run.data is not None
-    run.progress("adversarial noise sensitivity of every layer")
-    few = run.data.calibrate.first(NOISE_IMAGES)
-    names = [layer.name for layer in run.prepared.layers]
-    key = {
-        "model": run.prepared.digest, "images": digest_arrays(few.images, few.labels),
-        "threat": [run.threat.norm, run.threat.eps], "normalisation": [run.options.mean, run.options.std],
-    }  # fmt: skip
-
-    def compute() -> dict[str, np.ndarray]:
-        images, labels = torch.from_numpy(few.images), torch.from_numpy(few.labels)
-        found = noise_sensitivity(run.float_twin, images, labels, run.threat, batch_size=BATCH)
-        return {"values": np.array([found[name] for name in names])}
-
-    values = run.cache.arrays("noise", key, compute)["values"]
-    return {name: float(value) for name, value in zip(names, values, strict=True)}

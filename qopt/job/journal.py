@@ -78,6 +78,11 @@ class Journal:
         return min(self._records.values(), key=lambda record: record[1].total)[0]
 
     @property
+    def records(self) -> list[tuple[Plan, Evaluation]]:
+        """All plans with what was measured of them, in the order in which they were."""
+        return list(self._records.values())
+
+    @property
     def text(self) -> str:
         """One line per measured plan."""
         return "".join(_line(*record) for record in self._records.values())
@@ -154,7 +159,8 @@ def kept_plan(journal: Journal, folder: Path | None) -> Iterator[None]:
 
 
 def _line(plan: Plan, evaluation: Evaluation) -> str:
-    return json.dumps({**asdict(evaluation), "plan": plan.model_dump(by_alias=True, exclude={"reasons"})}) + "\n"
+    content = plan.model_dump(by_alias=True, exclude={"reasons"})
+    return json.dumps({"digest": plan.digest, **asdict(evaluation), "plan": content}) + "\n"
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
@@ -170,6 +176,7 @@ def _record(line: bytes) -> tuple[Plan, Evaluation] | None:
     """The plan in a line and what was measured of it; None where it holds none."""
     try:
         found = json.loads(line)
+        found.pop("digest")
         return Plan.from_json(json.dumps(found.pop("plan"))), Evaluation(**found)
     except (ValueError, LookupError, TypeError, AttributeError, PlanError):
         return None

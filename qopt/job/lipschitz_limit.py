@@ -12,22 +12,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, final
 
-import numpy as np
 from torch import Tensor
 
 from qopt.cache import Cache, digest_arrays
 from qopt.certify.calculus import Claim, NetworkBounds, multiplicity, network_bounds
 from qopt.certify.curves import UNIT
 from qopt.certify.local import Triple, local_bound
-from qopt.certify.maps import Convolution, Map, Product, Shape
+from qopt.certify.maps import Convolution, Product, Shape
 from qopt.certify.network import Affine, Bend, Concat, Entry, Maximum, Network, Opaque, Step, Sum
-from qopt.certify.operator_norms import operator_norm
+from qopt.certify.operator_norms import map_norm, operator_norm
 from qopt.certify.read import read
 from qopt.errors import UnsupportedModelError
 from qopt.graph.model import Layer
 from qopt.job.run import Run
 from qopt.limits import Limit
-from qopt.lipschitz import NormBound, Operator, operator_l2, spectral_norm
+from qopt.lipschitz import NormBound
+from qopt.measure.norms import kept_bounds
 from qopt.quantize import Applied, WeightOnly
 from qopt.search.potentials import Edge, Node, Potentials
 from qopt.search.space import LayerSpace
@@ -179,13 +179,12 @@ def operator_bound(
         "format": str(spec), "uses": [_geometry(use) for use in uses],
     }  # fmt: skip
 
-    def compute() -> dict[str, np.ndarray]:
+    def compute() -> list[NormBound]:
         weight = quantizer.quantized_weight(layer, spec).dequantize().double()
-        bound = NormBound.largest(_norm(use, weight, layer.name) for use in uses)
-        return {bound.method: np.array([bound.lower, bound.upper])}
+        return [NormBound.largest(_norm(use, weight, layer.name) for use in uses)]
 
-    ((method, ends),) = cache.arrays("operator-norms-l2", key, compute).items()
-    return NormBound(float(ends[0]), float(ends[1]), method)
+    (bound,) = kept_bounds(cache, "operator-norms-l2", key, compute)
+    return bound
 
 
 def _geometry(use: LayerUse) -> list[object]:
@@ -196,18 +195,8 @@ def _geometry(use: LayerUse) -> list[object]:
 
 
 def _norm(use: LayerUse, weight: Tensor, where: str) -> NormBound:
-    """Of the map with another weight, as `qopt.certify.operator_norms.operator_norm` bounds it."""
-    if isinstance(use.map, Product):
-        return spectral_norm(weight, where=where)
-    if len(use.map.stride) <= 2:
-        pads = tuple((pad, pad) for pad in use.map.padding)
-        operator = Operator(
-            "convolution", groups=use.map.groups, stride=use.map.stride, dilation=use.map.dilation, padding=pads,
-            size=use.source[1:],
-        )  # fmt: skip
-        return operator_l2(weight, operator, where=where)
-    changed: Map = use.map.with_weight(weight)
-    return NormBound(0.0, operator_norm(changed, use.source, "l2"), "row and column sums")
+    """Of the map with another weight."""
+    return map_norm(use.map.with_weight(weight), use.source, "l2", where=where)
 
 
 def reached(run: Run, applied: Applied) -> NetworkBounds:

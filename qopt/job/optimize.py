@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -107,9 +106,8 @@ def optimize_model(task: Task, cache: Cache, progress: Progress, journal: Journa
         "cache_hits": sorted(set(cache.hits)), "threads": torch.get_num_threads(),
         **({"c": c_facts} if c_facts else {}),
     }  # fmt: skip
-    lines = "".join(json.dumps(plan.model_dump()) + "\n" for plan in choice.facts.evaluated)
     plan = choice.applied.plan
-    return Bundle(artefact.data, plan, report, manifest, journal.text + lines, sources, artefact.external)
+    return Bundle(artefact.data, plan, report, manifest, journal.text, sources, artefact.external)
 
 
 def _identity(run: Run) -> dict[str, Any]:
@@ -245,6 +243,7 @@ def _check_needs_no_data(options: Options, prepared: Prepared) -> None:
         "--thresholds": ("weighted thresholds weigh by the inputs of layers", options.thresholds == "weighted"),
         "--calibration": ("adversarial images are made of images", options.calibration not in ("auto", "clean")),
         "--bias-correction": ("bias correction needs images", options.bias_correction == "on"),
+        "--sensitivity": ("the sensitivities are measured on images", options.sensitivity not in ("auto", "error")),
         "--rows": ("formats per output channel are weighed by the inputs of layers", options.rows == "on"),
         "--rounding": (f"{ROUNDINGS.get(options.rounding)} needs images", options.rounding in ROUNDINGS),
     }

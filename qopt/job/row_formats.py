@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qopt.graph.model import Layer
+from qopt.job.probes import BATCH, input_moments, probe_images
 from qopt.job.run import Run
-from qopt.job.space import BATCH, input_moments, price, probe_images, takes_rows
+from qopt.job.space import price, takes_rows
 from qopt.measure.fisher import Change, channel_divergences
 from qopt.passes.watcher import taped_bytes
 from qopt.quant import QuantizedRows, QuantizedWeight

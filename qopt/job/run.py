@@ -95,13 +95,13 @@ class Run:
     @property
     def probe_images(self) -> int:
         """On how many images plans are compared, at most: what the options say, or what a large network affords."""
-        macs = sum(layer.macs for layer in self.prepared.layers)
-        return min(self.options.probe_images, max(PROBE_MACS // max(macs, 1), LEAST_PROBE_IMAGES))
+        affordable = max(PROBE_MACS // max(self.prepared.macs, 1), LEAST_PROBE_IMAGES)
+        return min(self.options.probe_images, affordable)
 
     @property
     def is_cheap(self) -> bool:
         """Whether normal effort affords further plans."""
-        return sum(layer.macs for layer in self.prepared.layers) <= CHEAP_MACS
+        return self.prepared.macs <= CHEAP_MACS
 
     @property
     def normalisation(self) -> Normalisation:

@@ -7,20 +7,18 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal, final
 
-import torch
 from torch import Tensor
 
-from qopt.attacks import PGD
 from qopt.config import Options
-from qopt.job.run import PROBE_STEPS, Run
-from qopt.job.space import probe_images, withstood
-from qopt.measure.divergence import Probe
+from qopt.job.finals import Finals
+from qopt.job.journal import Journal
+from qopt.job.judge import Judge
+from qopt.job.run import Run
 from qopt.measure.network import TwinClassifier
-from qopt.measure.robustness import BATCH
 from qopt.plan import Plan
 from qopt.quantize import Applied
 from qopt.report.model import EvaluatedPlan
-from qopt.size import code_bits
+from qopt.search.evaluation import Evaluation
 
 
 @final
@@ -59,7 +57,7 @@ class Entry:
     gptq: bool = False
 
 
-def select(run: Run, entries: Sequence[Entry]) -> tuple[Applied, list[EvaluatedPlan]]:
+def select(run: Run, entries: Sequence[Entry], journal: Journal) -> tuple[Applied, list[EvaluatedPlan]]:
     """Make the plans real and keep what stays closest to float on the select images.
 
     The first plan is tried in every variant, the others in the one that suits it best, and at effort ``max`` also in
@@ -68,9 +66,14 @@ def select(run: Run, entries: Sequence[Entry]) -> tuple[Applied, list[EvaluatedP
     attack on is added, as the share that they are: on the examples made on the float network, or on those that a short
     PGD makes on the twin of any plan measured here, whichever moves it furthest from what float says of the clean
     image. So a plan gains nothing by gradients that its quantizers mask: what fools the plans beside it counts.
+
+    Where gates are to be held, the closest plans are tried against them on more images (`Finals`): the closest that
+    holds them all is kept, or where none does the one that misses them by least.
+
+    ``journal`` gets every plan that is measured.
     """
     run.progress("measured selection")
-    contest = _Contest(Judge.of(run))
+    contest = _Contest(Judge.of(run), Finals(run), journal)
     first, *others = entries
     tried = variants(run.options)
     scores = {variant: contest.enter(run, first, variant) for variant in _suited(first, tried)}
@@ -118,28 +121,30 @@ class _Contender:
 
 
 class _Contest:
-    """The plans measured so far; where nothing is attacked, all but the best are let go."""
+    """The plans measured so far; where nothing is attacked, all but the best few are let go."""
 
-    def __init__(self, judge: Judge) -> None:
-        self._judge = judge
+    def __init__(self, judge: Judge, finals: Finals | None = None, journal: Journal | None = None) -> None:
+        self._judge, self._finals, self._journal = judge, finals, journal or Journal()
         self._rows: list[EvaluatedPlan] = []
         self._contenders: list[_Contender] = []
 
     def enter(self, run: Run, entry: Entry, variant: Variant) -> float:
         """Make a plan real in a variant and measure it; returns its divergence, by float's examples and its own."""
         plan = entry.plan.with_changes(rounding=variant.rounding, bias_correction=variant.bias_correction)
-        return self.add(run, f"{entry.name}, {variant.label}", run.quantizer.apply(plan))
+        self._journal.append(plan, self.add(run, f"{entry.name}, {variant.label}", run.quantizer.apply(plan)))
+        return total(self._rows[-1])
 
-    def add(self, run: Run, name: str, applied: Applied) -> float:
+    def add(self, run: Run, name: str, applied: Applied) -> Evaluation:
         """Measure a plan that is real already."""
         twin = TwinClassifier(applied.graph, run.normalisation, run.prepared.batch)
         examples = self._judge.examples(twin)
-        row = _row(run, name, applied, self._judge.clean.divergence(twin), self._judge.first(twin, examples))
+        evaluation = self._judge.evaluation(run, applied, twin, examples)
+        row = _row(name, applied, evaluation)
         self._contenders.append(_Contender(len(self._rows), applied, twin, examples))
         self._rows.append(row)
         if self._judge.held is None:
-            self._contenders = [self._best()]
-        return total(row)
+            self._contenders = self._closest()
+        return evaluation
 
     def settle(self) -> tuple[Applied, list[EvaluatedPlan]]:
         """The plan of lowest divergence, the first of equals, and the account of all.
@@ -152,12 +157,27 @@ class _Contest:
                 if other.examples is not None and one is not other:
                     worst = max(row.adversarial_divergence or 0.0, self._judge.on(other.examples, one.twin))
                     self._rows[one.place] = row.model_copy(update={"adversarial_divergence": worst})
-        best = self._best()
+        best = self._final(self._closest())
         rows = [row.model_copy(update={"chosen": place == best.place}) for place, row in enumerate(self._rows)]
         return best.applied, rows
 
-    def _best(self) -> _Contender:
-        return min(self._contenders, key=lambda one: total(self._rows[one.place]))
+    def _closest(self) -> list[_Contender]:
+        """The plans of lowest divergence, as many as there is room for in the finals, the first of equals first."""
+        return sorted(self._contenders, key=lambda one: total(self._rows[one.place]))[
+            : self._finals.places if self._finals else 1
+        ]
+
+    def _final(self, closest: list[_Contender]) -> _Contender:
+        """The first that holds the gates, else the one that misses them by least."""
+        if self._finals is None or len(closest) == 1:
+            return closest[0]
+        missed = {}
+        for one in closest:
+            trial = self._finals.trial(one.twin)
+            drops = {"clean_drop": trial.clean_drop, "robust_drop": trial.robust_drop}
+            self._rows[one.place] = self._rows[one.place].model_copy(update=drops)
+            missed[one.place] = trial.excess(self._finals.gates)
+        return min(closest, key=lambda one: missed[one.place])
 
 
 def total(row: EvaluatedPlan) -> float:
@@ -165,61 +185,8 @@ def total(row: EvaluatedPlan) -> float:
     return row.clean_divergence + (row.adversarial_divergence or 0.0)
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class Judge:
-    """The select images: all of them clean, and those that float withstands an attack on, as float's attack left them.
-
-    ``labels`` and ``seed`` are for the attack on a plan's own twin; ``share`` is the part of all images withstood.
-    """
-
-    run: Run
-    clean: Probe
-    held: Probe | None
-    transferred: Probe | None
-    labels: Tensor
-    share: float
-
-    @staticmethod
-    def of(run: Run) -> Judge:
-        assert run.data is not None
-        images, adversarial = probe_images(run, "select")
-        clean = Probe.of(run.float_twin, images)
-        labels = torch.from_numpy(run.data.select.labels[: len(images)])
-        if adversarial is None:
-            return Judge(run, clean, None, None, labels, 0.0)
-        kept = withstood(run, "select")
-        held = Probe(images[kept], clean.reference[kept])
-        share = float(kept.double().mean())
-        return Judge(run, clean, held, Probe(adversarial[kept], held.reference), labels[kept], share)
-
-    def examples(self, twin: TwinClassifier) -> Tensor | None:
-        """What a short PGD on ``twin`` makes of the images that float withstands; None where there are none."""
-        if self.held is None or not len(self.labels):
-            return None
-        attack = PGD(steps=PROBE_STEPS, compact=False, batch_size=BATCH)
-        seed = self.run.seed("select")
-        return attack(twin, self.held.images, self.labels, self.run.threat, seed=seed).adversarial
-
-    def on(self, examples: Tensor, twin: TwinClassifier) -> float:
-        """The share's divergence of a plan on ``examples``, as `examples` makes them."""
-        assert self.held is not None
-        return self.share * Probe(examples, self.held.reference).divergence(twin)
-
-    def first(self, twin: TwinClassifier, examples: Tensor | None) -> float | None:
-        """The share's divergence on float's examples or its own, whichever is more; None in a run without attacks."""
-        if self.transferred is None:
-            return None
-        return 0.0 if examples is None else max(self.on(self.transferred.images, twin), self.on(examples, twin))
-
-
-def _row(run: Run, name: str, applied: Applied, clean: float, attacked: float | None) -> EvaluatedPlan:
+def _row(name: str, applied: Applied, found: Evaluation) -> EvaluatedPlan:
     return EvaluatedPlan(
-        name=name,
-        digest=applied.plan.digest,
-        code_bits=code_bits(applied.quantized.stored(run.prepared)),
-        bias_correction=applied.plan.bias_correction,
-        clean_divergence=clean,
-        adversarial_divergence=attacked,
-        chosen=False,
-    )
+        name=name, digest=applied.plan.digest, code_bits=found.code_bits, bias_correction=applied.plan.bias_correction,
+        clean_divergence=found.clean, adversarial_divergence=found.robust, chosen=False,
+    )  # fmt: skip

@@ -4,60 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from qopt.cache import digest_arrays
-from qopt.data import Split
 from qopt.errors import UsageError
-from qopt.graph.model import Layer, Prepared
+from qopt.graph.model import Layer
 from qopt.job.lipschitz_limit import lipschitz_graph, lipschitz_limit, with_operator_norms
 from qopt.job.prices import check_memory, fixed_costs
+from qopt.job.probes import input_moments
 from qopt.job.run import Run
-from qopt.measure.divergence import Probe, layer_sensitivities
+from qopt.job.sensitivity import divergences, with_sensitivities
 from qopt.measure.norms import candidate_norms, layer_norms, weighted_errors
-from qopt.passes.base import Pipeline
-from qopt.passes.observe_moments import ObserveMoments
-from qopt.quantize import whole_batches
 from qopt.search.space import Candidate, LayerSpace, Space, column_of
 from qopt.spec import WeightSpec
-
-MOMENT_IMAGES = 64
-"""Clean and as many adversarial images on which input moments are observed."""
-
-BATCH = 32
-"""Images per run where the batch axis is dynamic: activations, and gradients where needed, are in memory at once."""
-
-SENSITIVITY_IMAGES = 128
-"""Images on which layers are quantized one at a time: sensitivities differ by orders of magnitude."""
-
-SENSITIVITY_MACS = 5 * 10**12
-"""Multiplications for all of it, minutes on two cores; fewer images, but `LEAST_SENSITIVITY_IMAGES`, where more."""
-
-LEAST_SENSITIVITY_IMAGES = 8
-"""One image of 1000 classes tells more than one of ten."""
-
-Sensitivities = Mapping[tuple[str, WeightSpec], float]
 
 
 def build_space(run: Run, candidates: Mapping[str, tuple[WeightSpec, ...]], *, measured: bool) -> Space:
     """All layers with their ``candidates`` (`capable`).
 
-    With ``measured`` and data, sensitivities are KL divergences of one layer quantized at a time; without data they
-    are squared relative errors of the weights.
+    Their sensitivities are those that the options ask for where the strategy uses them (``measured``), else squared
+    relative errors of the weights, which need no images.
 
     Raises:
         InfeasibleError: the activations alone take more memory than a limit allows.
     """
     check_memory(run)
     moments = _moments(run) if measured and run.data is not None else {}
-    sensitivities = _sensitivities(run, candidates) if measured and run.data is not None else {}
+    table = divergences(run, candidates) if measured else {}
     run.progress("norms of every candidate")
     layers = tuple(
-        _layer_space(run, layer, candidates[layer.name], moments.pop(layer.name, None), sensitivities)
-        for layer in run.prepared.layers
-    )  # fmt: skip
+        layer_space(run, layer, candidates[layer.name], moments.pop(layer.name, None)) for layer in run.prepared.layers
+    )
+    layers = with_sensitivities(run, layers, table) if measured else layers
     fixed = fixed_costs(run, candidates)
     if lipschitz_limit(run) is None or not any(candidates.values()):
         return Space(layers, run.target.limits, fixed=fixed)
@@ -104,13 +81,11 @@ def price(run: Run, layer: Layer, spec: WeightSpec) -> dict[str, float]:
     }
 
 
-def _layer_space(
-    run: Run,
-    layer: Layer,
-    formats: tuple[WeightSpec, ...],
-    moment: Tensor | None,
-    sensitivities: Sensitivities,
-) -> LayerSpace:
+def layer_space(run: Run, layer: Layer, formats: tuple[WeightSpec, ...], moment: Tensor | None) -> LayerSpace:
+    """A layer with the facts of each format; the sensitivity is the square of its relative error.
+
+    ``moment`` is that of its inputs, for the weighted errors, or None.
+    """
     norm, row_norm = layer_norms(run.weights, layer, run.cache)
     candidates = []
     weighted = [None] * len(formats) if moment is None else weighted_errors(run.weights, layer, formats, moment)
@@ -127,72 +102,11 @@ def _layer_space(
                 error=error,
                 row_error=row_error,
                 weighted=weighted_error,
-                sensitivity=sensitivities.get((layer.name, spec), relative**2),
+                sensitivity=relative**2,
                 costs=cost,
             )
         )
     return LayerSpace(layer.name, layer.weights, norm, row_norm, tuple(candidates))
-
-
-def probe_images(run: Run, part: str) -> tuple[Tensor, Tensor | None]:
-    """The first images of a part, clean, and with ``robust`` the adversarial ones made from them."""
-    split = _split(run, part)
-    clean = torch.from_numpy(split.first(run.probe_images).images)
-    return clean, run.adversarial(part, split) if run.options.robust else None
-
-
-def withstood(run: Run, part: str) -> Tensor:
-    """Which of the adversarial `probe_images` the float network gets right, bool (n,): no plan can keep the others."""
-    return run.withstood(part, _split(run, part))
-
-
-def _split(run: Run, part: str) -> Split:
-    assert run.data is not None
-    return run.data.calibrate if part == "calibrate" else run.data.select
-
-
-def _sensitivities(run: Run, candidates: Mapping[str, tuple[WeightSpec, ...]]) -> Sensitivities:
-    run.progress("sensitivity of every layer and format")
-    clean, adversarial = probe_images(run, "calibrate")
-    images = clean if adversarial is None else _hardest(clean, adversarial, withstood(run, "calibrate"))
-    images = images[: _affordable(run.prepared, candidates)]
-    pairs = [(name, spec) for name, specs in candidates.items() for spec in specs]
-    key = {
-        "model": run.prepared.digest, "images": digest_arrays(images.numpy()), "pairs": [[n, str(s)] for n, s in pairs],
-        "normalisation": [run.options.mean, run.options.std],
-    }  # fmt: skip
-
-    def compute() -> dict[str, np.ndarray]:
-        twin = run.float_twin
-        found = layer_sensitivities(run.quantizer, twin, Probe.of(twin, images), candidates)
-        return {"values": np.array([found[pair] for pair in pairs])}
-
-    values = run.cache.arrays("sensitivities", key, compute)["values"]
-    return {pair: float(value) for pair, value in zip(pairs, values, strict=True)}
-
-
-def _affordable(prepared: Prepared, candidates: Mapping[str, tuple[WeightSpec, ...]]) -> int:
-    """On how many images sensitivities are measured: each version of a layer runs all layers after it, too."""
-    after, macs = 0, 0
-    for layer in reversed(prepared.layers):
-        after += layer.macs
-        macs += after * len(candidates[layer.name])
-    return int(min(max(SENSITIVITY_MACS // max(macs, 1), LEAST_SENSITIVITY_IMAGES), SENSITIVITY_IMAGES))
-
-
-def _hardest(clean: Tensor, adversarial: Tensor, held: Tensor) -> Tensor:
-    """Every image as hard as the float network withstands it: what a plan can keep, and only that, is to be kept."""
-    return torch.where(held.view(-1, *[1] * (clean.ndim - 1)), adversarial, clean)
-
-
-def input_moments(run: Run, *, centred: bool) -> dict[str, Tensor]:
-    """Second moments, or covariances, of every layer's inputs over clean and adversarial images alike."""
-    clean, adversarial = probe_images(run, "calibrate")
-    parts = [clean[:MOMENT_IMAGES]] + ([] if adversarial is None else [adversarial[:MOMENT_IMAGES]])
-    images = whole_batches(run.normalisation(torch.cat(parts)), run.prepared.batch)
-    observe = ObserveMoments(images, run.prepared.batch or BATCH, centred)
-    Pipeline((observe,), run.quantizer.sample)(run.quantizer.float_graph)
-    return observe.moments
 
 
 def _moments(run: Run) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import final
 
-import numpy as np
 import onnx_ir as ir
 from torch import fx
 
@@ -16,7 +15,7 @@ from qopt.graph.operators import Op
 from qopt.graph.operators.convolution import convolution_window, window_axes, window_pads
 from qopt.lipschitz import LayerNorms, NormBound, Operator
 from qopt.lipschitz.layer import layer_norms as operator_norms
-from qopt.measure.norms import layer_norms
+from qopt.measure.norms import kept_bounds, layer_norms
 from qopt.quantize import WeightOnly
 
 
@@ -88,14 +87,12 @@ def all_norms(
 def _norms(quantizer: WeightOnly, layer: Layer, operator: Operator, cache: Cache) -> LayerNorms:
     weight = quantizer.weight(layer)
 
-    def compute() -> dict[str, np.ndarray]:
+    def compute() -> tuple[NormBound, ...]:
         norms = operator_norms(weight, operator, where=layer.name)
-        bounds = (norms.reshaped, norms.operator_l2, norms.operator_linf)
-        return {f"{i}:{bound.method}": np.array([bound.lower, bound.upper]) for i, bound in enumerate(bounds)}
+        return norms.reshaped, norms.operator_l2, norms.operator_linf
 
     key = {"weight": digest_arrays(weight.numpy()), "operator": str(operator)}
-    stored = sorted(cache.arrays("operator-norms", key, compute).items())
-    return LayerNorms(*(NormBound(float(v[0]), float(v[1]), name.split(":", 1)[1]) for name, v in stored))
+    return LayerNorms(*kept_bounds(cache, "operator-norms", key, compute))
 
 
 def _no_twin(value: ir.Value) -> fx.Node:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,10 +111,17 @@ def _bounds(
     key = {
         "weight": digest_arrays(weight.numpy()), "axis": layer.channel_axis, "groups": layer.groups, "format": what
     }  # fmt: skip
+    return kept_bounds(cache, "norms", key, compute)
+
+
+def kept_bounds(
+    cache: Cache, kind: str, key: Mapping[str, Any], compute: Callable[[], Sequence[NormBound]]
+) -> list[NormBound]:
+    """The bounds that ``compute`` returns, in their order; computed once for one ``kind`` and ``key``."""
 
     def arrays() -> dict[str, NDArray[np.float64]]:
         bounds = compute()
         return {f"{i}:{bound.method}": np.array([bound.lower, bound.upper]) for i, bound in enumerate(bounds)}
 
-    stored = cache.arrays("norms", key, arrays)
+    stored = cache.arrays(kind, key, arrays)
     return [NormBound(float(v[0]), float(v[1]), name.split(":", 1)[1]) for name, v in sorted(stored.items())]

@@ -86,7 +86,8 @@ class ActivationRow(Document):
 class EvaluatedPlan(Document):
     """One plan that was measured on the select images: mean KL divergence from float's clean predictions, in nats.
 
-    The adversarial one is the larger of two: on examples made on float, and on the plan's own.
+    The adversarial one is the largest over examples made on float, on the plan itself and on the plans beside it. Drops
+    are points of accuracy lost against float in the finals, on more of the select images; None where it was not there.
     """
 
     name: str
@@ -95,6 +96,26 @@ class EvaluatedPlan(Document):
     bias_correction: bool
     clean_divergence: float
     adversarial_divergence: float | None
+    chosen: bool
+    clean_drop: float | None = None
+    robust_drop: float | None = None
+
+
+@final
+class MeasuredPlan(Document):
+    """One plan that search or selection measured, as all of them were: a point of the trade-off.
+
+    Divergences as of `EvaluatedPlan`, the robust one on examples made on float and on the plan itself. ``front``: no
+    other plan has less of bits, clean or robust divergence without more of another; ``knee`` is the point of the front
+    nearest to having the least of each.
+    """
+
+    code_bits: float
+    bytes: int
+    clean: float
+    robust: float | None
+    front: bool
+    knee: bool
     chosen: bool
 
 
@@ -110,6 +131,7 @@ class SearchFacts(Document):
     gap: float | None
     evaluated: list[EvaluatedPlan]
     notes: list[str]
+    measured: list[MeasuredPlan] = Field(default_factory=list)
 
 
 @final

@@ -39,8 +39,10 @@ class Evaluation:
         return self.clean + (self.robust or 0.0)
 
 
-Evaluate = Callable[[Specs], Evaluation]
-"""Makes a plan real and measures it. Equal plans give equal results, and only the first of them is computed."""
+Evaluate = Callable[[Sequence[Specs]], Sequence[Evaluation]]
+"""Makes plans real and measures them, at once where there are machines for it; results in the order of the plans.
+
+Equal plans give equal results, and only the first of them is computed."""
 
 
 @final
@@ -49,7 +51,7 @@ class Measure:
     """What a measured search may use.
 
     Attributes:
-        evaluate: measures a plan.
+        evaluate: measures plans.
         evaluations: different plans that may be measured, at most.
         seed: every random choice derives from it.
     """
@@ -143,12 +145,19 @@ class Ledger:
 
     def add(self, origin: str, outcome: Outcome) -> Evaluation | None:
         """Measure a plan, at no cost where it was measured before; None where the budget is spent."""
-        known = self.measured(outcome)
-        if known is not None or self.full:
-            return known
-        evaluation = self._measure.evaluate(outcome.specs)
-        self._found[_key(outcome.specs)] = (origin, outcome, evaluation)
-        return evaluation
+        self.add_all([(origin, outcome)])
+        return self.measured(outcome)
+
+    def add_all(self, plans: Sequence[tuple[str, Outcome]]) -> None:
+        """Measure plans at once, by origin: those that are new, the first of equals, as far as the budget goes."""
+        new = {_key(outcome.specs): (origin, outcome) for origin, outcome in reversed(plans)}
+        rows = [(key, *new[key]) for key in dict.fromkeys(_key(outcome.specs) for _, outcome in plans)]
+        rows = [row for row in rows if row[0] not in self._found][: self._measure.evaluations - len(self)]
+        if not rows:
+            return
+        found = self._measure.evaluate([outcome.specs for _, _, outcome in rows])
+        for (key, origin, outcome), evaluation in zip(rows, found, strict=True):
+            self._found[key] = (origin, outcome, evaluation)
 
     @property
     def rows(self) -> list[tuple[str, Outcome, Evaluation]]:

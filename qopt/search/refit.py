@@ -45,13 +45,14 @@ class RefitSearch:
     """Solve, measure plans around the solution, refit the sensitivities, solve again.
 
     The first plans are those of the measured sensitivities, within the limits and within ``tightened`` shares of them,
-    and the best uniform one; then ``probes`` plans of randomly disturbed sensitivities. After that the plan of the
-    refitted ones is measured, or where it is known already, the first new one of ``draws`` draws from what the factors
-    may still be. It ends where no plan is new or the budget is spent.
+    and the best uniform one; then ``probes`` plans of randomly disturbed sensitivities, all measured at once. After
+    that ``batch`` plans at once: that of the refitted ones, where it is new, and the first new ones of ``draws`` draws
+    from what the factors may still be. It ends where no plan is new or the budget is spent.
     """
 
     probes: int = 5
     draws: int = 8
+    batch: int = 2
     spread: float = 0.5
     tightened: tuple[float, ...] = (0.85,)
 
@@ -59,8 +60,10 @@ class RefitSearch:
     uses_sensitivity: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.probes < 0 or self.draws < 0 or not self.spread > 0:
-            raise UsageError("probes and draws are counts, the spread is positive", where="refit search")
+        if self.probes < 0 or self.draws < 0 or self.batch < 1 or not self.spread > 0:
+            raise UsageError(
+                "probes and draws are counts, a batch is 1 or more, the spread positive", where="refit search"
+            )
 
     def candidates(self, target: tuple[WeightSpec, ...]) -> tuple[WeightSpec, ...]:
         """All of the target's formats."""
@@ -70,38 +73,45 @@ class RefitSearch:
         """The best plans that were measured; raises InfeasibleError where no combination keeps the limits."""
         ledger, solver = Ledger(measure), ExactSearch(SECONDS)
         first = solver(space)
-        ledger.add("the measured sensitivities", first)
+        plans = [("the measured sensitivities", first)]
         for share in self.tightened:
             with suppress(InfeasibleError):
-                ledger.add(f"the same within {share:.0%} of the limits", solver(tightened(space, share)))
+                plans.append((f"the same within {share:.0%} of the limits", solver(tightened(space, share))))
         with suppress(InfeasibleError):
-            ledger.add("uniform", UniformSearch()(space))
-        self._probe(space, solver, ledger, derive(measure.seed, "refit", "probes"))
+            plans.append(("uniform", UniformSearch()(space)))
+        known = [outcome for _, outcome in plans]
+        probes = self._probes(space, solver, known, derive(measure.seed, "refit", "probes"))
+        ledger.add_all([*plans, *(("a probe", probe) for probe in probes)])
         self._refit(space, solver, ledger, np.random.default_rng(derive(measure.seed, "refit", "draws")))
         return finalists(ledger, first, self.name)
 
-    def _probe(self, space: Space, solver: Solver, ledger: Ledger, seed: int) -> None:
-        """Plans of sensitivities whose layers were scaled at random, each a neighbour of the solution."""
-        rng, wanted = np.random.default_rng(seed), len(ledger) + self.probes
+    def _probes(self, space: Space, solver: Solver, known: Sequence[Outcome], seed: int) -> list[Outcome]:
+        """Plans of sensitivities whose layers were scaled at random, each a neighbour of the solution; none known."""
+        rng, found = np.random.default_rng(seed), list[Outcome]()
         for _ in range(3 * self.probes):
-            if len(ledger) >= wanted or ledger.full:
-                return
+            if len(found) == self.probes:
+                break
             factors = np.exp(rng.normal(0.0, self.spread, len(space.layers)))
             table = [factor * _sensitivities(layer) for factor, layer in zip(factors, space.layers, strict=True)]
-            ledger.add("a probe", solver(with_sensitivities(space, table)))
+            probe = solver(with_sensitivities(space, table))
+            if all(probe.specs != other.specs for other in (*known, *found)):
+                found.append(probe)
+        return found
 
     def _refit(self, space: Space, solver: Solver, ledger: Ledger, rng: np.random.Generator) -> None:
         """Refit, solve and measure, until no plan is new or the budget is spent."""
         while not ledger.full:
             model = Refitted.of(space, [(row.specs, evaluation.total) for _, row, evaluation in ledger.rows])
-            found = solver(with_sensitivities(space, model.mean))
-            tries = 0
-            while ledger.knows(found) and tries < self.draws:
-                found = solver(with_sensitivities(space, model.draw(rng)))
-                tries += 1
-            if ledger.knows(found):
+            plans = [("refitted sensitivities", solver(with_sensitivities(space, model.mean)))]
+            for _ in range(self.draws):
+                if len([None for _, plan in plans if not ledger.knows(plan)]) == self.batch:
+                    break
+                drawn = solver(with_sensitivities(space, model.draw(rng)))
+                if all(drawn.specs != plan.specs for _, plan in plans):
+                    plans.append(("a draw of refitted sensitivities", drawn))
+            if all(ledger.knows(plan) for _, plan in plans):
                 return
-            ledger.add("refitted sensitivities" if not tries else "a draw of refitted sensitivities", found)
+            ledger.add_all(plans)
 
 
 @final

@@ -39,7 +39,7 @@ SHARE: Final = "share of the limits"
 class OptunaSearch:
     """TPE over the logarithms of ``blocks`` weights in [-spread, spread] and a share of the limits from ``least`` to 1.
 
-    A trial's plan is that of the exact solver on the weighted sensitivities. The solver's own plan, the same within 85
+    A trial's plan is that of the exact solver on the weighted sensitivities; ``batch`` of them are measured at once. The solver's own plan, the same within 85
     % of the limits and the best uniform plan are measured first. With attacks the objectives are the divergences on
     clean and on attacked images, else the first alone; the plans returned are those of the lowest sum.
     """
@@ -47,13 +47,16 @@ class OptunaSearch:
     blocks: int = 12
     spread: float = 2.0
     least: float = 0.8
+    batch: int = 2
 
     name: ClassVar[str] = "optuna"
     uses_sensitivity: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not (self.blocks >= 1 and self.spread > 0 and 0 < self.least < 1):
-            raise UsageError("blocks are 1 or more, the spread positive, the least share below 1", where="optuna")
+        if not (self.blocks >= 1 and self.batch >= 1 and self.spread > 0 and 0 < self.least < 1):
+            raise UsageError(
+                "blocks and the batch are 1 or more, the spread positive, the least share below 1", where="optuna"
+            )
 
     def candidates(self, target: tuple[WeightSpec, ...]) -> tuple[WeightSpec, ...]:
         """All of the target's formats."""
@@ -64,10 +67,12 @@ class OptunaSearch:
         ledger, decoder = Ledger(measure), _Decoder(space, self.blocks)
         start = decoder(decoder.neutral(1.0))
         assert start is not None  # else the solver says what is infeasible
-        first = ledger.add("the measured sensitivities", start)
-        assert first is not None
+        plans = [("the measured sensitivities", start)]
         with suppress(InfeasibleError):
-            ledger.add("uniform", UniformSearch()(space))
+            plans.append(("uniform", UniformSearch()(space)))
+        ledger.add_all(plans)
+        first = ledger.measured(start)
+        assert first is not None
         self._optimise(decoder, ledger, attacked=first.robust is not None, budget=measure)
         return finalists(ledger, start, self.name)
 
@@ -75,18 +80,22 @@ class OptunaSearch:
         study = _study(derive(budget.seed, "optuna") % 2**32, 2 if attacked else 1)
         study.enqueue_trial(decoder.neutral(1.0))
         study.enqueue_trial(decoder.neutral(0.85))
-        for _ in range(TRIALS * budget.evaluations):
+        for _ in range(0, TRIALS * budget.evaluations, self.batch):
             if ledger.full:
                 return
-            trial = study.ask()
-            weights = {name: trial.suggest_float(name, -self.spread, self.spread) for name in decoder.names}
-            weights[SHARE] = trial.suggest_float(SHARE, self.least, 1.0)
-            plan = decoder(weights)
-            found = None if plan is None else ledger.add(f"trial {trial.number}", plan)
-            if found is None:
-                study.tell(trial, state=TrialState.FAIL)
-            else:
-                study.tell(trial, _objectives(found, attacked=attacked))
+            trials = [study.ask() for _ in range(self.batch)]
+            plans = [decoder(self._weights(trial, decoder.names)) for trial in trials]
+            ledger.add_all([(f"trial {t.number}", plan) for t, plan in zip(trials, plans, strict=True) if plan])
+            for trial, plan in zip(trials, plans, strict=True):
+                found = None if plan is None else ledger.measured(plan)
+                if found is None:
+                    study.tell(trial, state=TrialState.FAIL)
+                else:
+                    study.tell(trial, _objectives(found, attacked=attacked))
+
+    def _weights(self, trial: optuna.Trial, names: Sequence[str]) -> dict[str, float]:
+        weights = {name: trial.suggest_float(name, -self.spread, self.spread) for name in names}
+        return {**weights, SHARE: trial.suggest_float(SHARE, self.least, 1.0)}
 
 
 class _Decoder:
@@ -125,7 +134,7 @@ def _study(seed: int, objectives: int) -> optuna.Study:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            sampler = TPESampler(seed=seed, n_startup_trials=8)
+            sampler = TPESampler(seed=seed, n_startup_trials=8, constant_liar=True)
         return optuna.create_study(directions=["minimize"] * objectives, sampler=sampler)
     finally:
         optuna.logging.set_verbosity(before)

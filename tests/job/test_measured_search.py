@@ -17,14 +17,16 @@ from qopt.config import Options
 from qopt.data import Data
 from qopt.errors import UsageError
 from qopt.job.choose import _base, _strategy, choose
-from qopt.job.evaluation import Evaluator, adversarial_noise, rounding_of
+from qopt.job.evaluation import Evaluator, rounding_of
 from qopt.job.journal import Journal
+from qopt.job.judge import Judge
 from qopt.job.optimize import Clock, Task, start
 from qopt.job.run import Run
-from qopt.job.select import Judge, Variant
+from qopt.job.select import Variant
+from qopt.job.sensitivity import adversarial_noise
 from qopt.limits import Limit
 from qopt.measure.network import TwinClassifier
-from qopt.search.evaluation import Measure, MeasuredStrategy
+from qopt.search.evaluation import Evaluation, Measure, MeasuredStrategy
 from qopt.search.quanos import QuanosSearch
 from qopt.size import stored_bytes
 from qopt.spec import WeightSpec
@@ -60,9 +62,20 @@ def specs(run: Run, text: str, **others: str) -> dict[str, WeightSpec]:
     return {name: WeightSpec.parse(others.get(name, text)) for name in names}
 
 
+def measured(run: Run, text: str, journal: Journal | None = None) -> Evaluation:
+    """What is measured of the plan that gives every layer one format."""
+    (found,) = Evaluator(run, _base(run), journal or Journal())([specs(run, text)])
+    return found
+
+
+def test_plans_are_measured_in_their_order(run: Run) -> None:
+    evaluate = Evaluator(run, _base(run), Journal())
+    assert evaluate([specs(run, "int8"), specs(run, "int2")]) == [measured(run, "int8"), measured(run, "int2")]
+
+
 def test_a_plan_is_measured_as_the_selection_does(run: Run) -> None:
     journal = Journal()
-    evaluation = Evaluator(run, _base(run), journal)(specs(run, "int2"))
+    evaluation = measured(run, "int2", journal)
     plan = _base(run).with_changes(
         weights=dict.fromkeys(specs(run, "int2"), "int2"), rounding="nearest", bias_correction=True
     )
@@ -77,19 +90,19 @@ def test_a_plan_is_measured_as_the_selection_does(run: Run) -> None:
 
 def test_without_attacks_nothing_is_attacked(begin: Callable[..., Run]) -> None:
     clean = begin(robust=False)
-    assert Evaluator(clean, _base(clean), Journal())(specs(clean, "int4")).robust is None
+    assert measured(clean, "int4").robust is None
 
 
 def test_what_the_journal_or_the_cache_holds_is_not_computed_again(begin: Callable[..., Run], tmp_path: Path) -> None:
     run = begin(tmp_path)
     steps: list[str] = []
-    first = Evaluator(run, _base(run), Journal())(specs(run, "int2"))
+    first = measured(run, "int2")
     again = replace(begin(tmp_path), progress=steps.append)
     reordered = dict(reversed(specs(run, "int2").items()))
-    assert Evaluator(again, _base(again), journal := Journal())(reordered) == first
+    assert Evaluator(again, _base(again), journal := Journal())([reordered]) == [first]
     assert "evaluations" in again.cache.hits
     hits = len(again.cache.hits)
-    assert Evaluator(again, _base(again), journal)(reordered) == first
+    assert Evaluator(again, _base(again), journal)([reordered]) == [first]
     assert len(again.cache.hits) == hits
     assert [step for step in steps if step.startswith("measured")] == ["measured search: plan 1"]
 
@@ -99,7 +112,7 @@ def test_other_conditions_are_other_measurements(
     begin: Callable[..., Run], tmp_path: Path, change: dict[str, Any]
 ) -> None:
     run, other = begin(tmp_path), begin(tmp_path, **change)
-    first, second = (Evaluator(one, _base(one), Journal())(specs(one, "int2")) for one in (run, other))
+    first, second = (measured(one, "int2") for one in (run, other))
     assert "evaluations" not in other.cache.hits
     assert first != second
 
@@ -224,7 +237,7 @@ def test_a_strategy_of_ones_own(begin: Callable[..., Run], known: Path, monkeypa
 
         def search(self, space: Any, measure: Measure) -> list[qopt.search.space.Outcome]:
             outcome = qopt.search.space.Outcome({x.layer: x.candidates[0].spec for x in space.layers})
-            measure.evaluate(outcome.specs)
+            measure.evaluate([outcome.specs])
             return [outcome]
 
     assert isinstance(Narrowest(), MeasuredStrategy)

@@ -16,9 +16,10 @@ from qopt.data import Data
 from qopt.errors import UsageError
 from qopt.job import run as run_module
 from qopt.job.choose import _affords_more
+from qopt.job.judge import Judge
 from qopt.job.optimize import Task, start
 from qopt.job.run import Run
-from qopt.job.select import Judge, Variant, _Contest, variants
+from qopt.job.select import Variant, _Contest, variants
 from qopt.passes.insert_activation_quantizers import set_gradient
 from qopt.plan import uniform
 from qopt.quantize import Applied
@@ -119,7 +120,9 @@ def twins(run: Run) -> tuple[Applied, Applied]:
 
 def test_a_masked_plan_alone_looks_more_robust(run: Run, twins: tuple[Applied, Applied]) -> None:
     """No gradient passes its quantizers, so that it is attacked in vain; it must gain nothing by that."""
-    honest, masked = (_Contest(Judge.of(run)).add(run, name, twin) for name, twin in zip("ab", twins, strict=True))
+    honest, masked = (
+        _Contest(Judge.of(run)).add(run, name, twin).total for name, twin in zip("ab", twins, strict=True)
+    )
     assert masked < 0.9 * honest
 
 

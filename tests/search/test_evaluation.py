@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -24,10 +24,10 @@ INT2, INT4, INT8 = map(WeightSpec.parse, ("int2", "int4", "int8"))
 def measure(asked: list[Mapping[str, WeightSpec]], evaluations: int) -> Measure:
     """A plan is as far from float as its layers have bits fewer than 8."""
 
-    def evaluate(specs: Mapping[str, WeightSpec]) -> Evaluation:
-        asked.append(specs)
-        lost = float(sum(8 - spec.bits for spec in specs.values()))
-        return Evaluation(lost, lost / 2, 4.0, 100)
+    def evaluate(plans: Sequence[Mapping[str, WeightSpec]]) -> list[Evaluation]:
+        asked.extend(plans)
+        lost = [float(sum(8 - spec.bits for spec in specs.values())) for specs in plans]
+        return [Evaluation(value, value / 2, 4.0, 100) for value in lost]
 
     return Measure(evaluate, evaluations, 0)
 
@@ -47,6 +47,25 @@ def test_a_plan_is_measured_once_and_no_more_than_the_budget() -> None:
     assert ledger.measured(Outcome({"a": INT4, "b": INT4})) is None
     assert ledger.add("known", one) == first, "a known plan costs nothing"
     assert len(asked) == 2
+
+
+def test_plans_are_measured_at_once_each_new_one_once_and_within_the_budget() -> None:
+    batches: list[int] = []
+    inner = measure([], 3)
+
+    def counted(plans: Sequence[Mapping[str, WeightSpec]]) -> Sequence[Evaluation]:
+        batches.append(len(plans))
+        return inner.evaluate(plans)
+
+    ledger = Ledger(Measure(counted, 3, 0))
+    a, b, c, d = (Outcome({"a": x, "b": y}) for x in (INT2, INT4) for y in (INT4, INT8))
+    ledger.add("first", a)
+    ledger.add_all([("known", a), ("one", b), ("the same", b), ("two", c), ("too many", d)])
+    assert batches == [1, 2]
+    assert [row[0] for row in ledger.rows] == ["first", "one", "two"]
+    assert ledger.measured(d) is None
+    ledger.add_all([("late", d)])
+    assert batches == [1, 2], "nothing is asked for where the budget is spent"
 
 
 def test_the_best_come_first_and_the_first_measured_of_equals() -> None:

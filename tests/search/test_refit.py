@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -40,7 +40,10 @@ class Network:
         parts = np.array([self.table[layer.layer, specs[layer.layer]] for layer in self.space.layers])
         return float(parts.sum() + self.beside * np.sqrt(parts[1:] * parts[:-1]).sum())
 
-    def evaluate(self, specs: Specs) -> Evaluation:
+    def evaluate(self, plans: Sequence[Specs]) -> list[Evaluation]:
+        return [self.one(specs) for specs in plans]
+
+    def one(self, specs: Specs) -> Evaluation:
         self.asked.append(specs)
         found = self.value(specs) * float(np.exp(self._rng.normal(0, 0.01)))
         return Evaluation(found / 3, 2 * found / 3, 3.0, 1000)
@@ -115,7 +118,7 @@ def test_it_ends_where_no_plan_is_new(make_space: MakeSpace) -> None:
 
 def test_a_sensitivity_of_zero_everywhere_is_no_obstacle(make_space: MakeSpace) -> None:
     space = make_space([(f"l{i}", 10, 1, {"int2": 0.0, "int4": 0.0}) for i in range(3)], [Limit("bits", 3)])
-    found = RefitSearch().search(space, Measure(lambda specs: Evaluation(0.0, None, 3.0, 1), 6, 0))
+    found = RefitSearch().search(space, Measure(lambda plans: [Evaluation(0.0, None, 3.0, 1)] * len(plans), 6, 0))
     assert set(found[0].specs) == {"l0", "l1", "l2"}
 
 

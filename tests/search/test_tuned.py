@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -46,7 +46,10 @@ class Network:
         parts = [layer.candidate(specs[layer.layer]).sensitivity for layer in self.space.layers]
         return 30 * sum(parts[:8]) + sum(parts[8:])
 
-    def evaluate(self, specs: Specs) -> Evaluation:
+    def evaluate(self, plans: Sequence[Specs]) -> list[Evaluation]:
+        return [self.one(specs) for specs in plans]
+
+    def one(self, specs: Specs) -> Evaluation:
         self.asked.append(specs)
         found = self.value(specs)
         return Evaluation(found / 3, 2 * found / 3 if self.attacked else None, 3.0, 1000)
@@ -134,7 +137,7 @@ def test_a_users_own_studies_stay_as_loud_as_they_were(space: Space, capfd: pyte
     assert "rial" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("options", [{"blocks": 0}, {"spread": 0.0}, {"least": 1.0}, {"least": 0.0}])
+@pytest.mark.parametrize("options", [{"blocks": 0}, {"batch": 0}, {"spread": 0.0}, {"least": 1.0}, {"least": 0.0}])
 def test_wrong_options(options: dict[str, float]) -> None:
-    with pytest.raises(UsageError, match="optuna: blocks are 1 or more"):
+    with pytest.raises(UsageError, match="optuna: blocks and the batch are 1 or more"):
         OptunaSearch(**options)  # type: ignore[arg-type]
