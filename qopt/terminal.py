@@ -74,6 +74,7 @@ def _facts(bundle: Bundle, folder: Path) -> list[str]:
             f"{c['macs']:,} multiply-accumulates; same class on {c['same_class']} of {c['images']} images"
         )
     lines += [f"gate     {g.gate}: {g.found}{'' if g.holds else '  FAILS'}" for g in report.gates]
+    lines += [f"limit    {x.limit}: {x.found} ({x.machine}){'' if x.holds else '  BROKEN'}" for x in report.limits]
     lines += [f"left out {item}" for item in report.left_out]
     lines += [f"warning  {item}" for item in report.warnings]
     return [*lines, report.verdict, f"report   {folder / 'report.md'}"]

@@ -89,7 +89,7 @@ def test_an_uninterrupted_run_leaves_its_output_alone(place: Path, whole: dict[s
     names = sorted(path.name for path in (place / "whole").iterdir())
     assert names == ["journal.jsonl", "manifest.json", "model.onnx", "plan.json", "report.json", "report.md"]
     plans = [json.loads(line) for line in whole["journal.jsonl"].splitlines()]
-    assert len([plan for plan in plans if "plan" in plan]) == PLANS
+    assert len(plans) > PLANS, "the selection enters the plans that it measures, too"
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, *MANY])
@@ -100,14 +100,14 @@ def test_killed_at_any_moment_it_resumes_to_the_same_plan(place: Path, whole: di
     for turn, after in enumerate(moments):
         code, _ = stopped(place, out, after, chance.uniform(0, 0.15), signal.SIGKILL, *["--resume"][:turn])
         assert code == -signal.SIGKILL
-        assert after - 1 <= measured(place, out) <= PLANS
+        assert after - 1 <= measured(place, out)
         assert not (place / out / "plan.json").exists()
         lost = measured(place, out)
     if seed == 2:  # a line that the kill tore
         path = place / out / NAME
         path.write_bytes(path.read_bytes() + b'{"clean": 0.01, "rob')
     said = finish(place, out, "--resume")
-    assert said.count("measured search: plan") == PLANS - lost, "a plan was measured twice"
+    assert said.count("measured search: plan") == max(PLANS - lost, 0), "a plan was measured twice"
     for name, content in whole.items():
         assert (place / out / name).read_bytes() == content, name
     assert not (place / out / NAME).exists()

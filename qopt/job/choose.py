@@ -13,7 +13,7 @@ from qopt.job.algorithm_one import narrowed
 from qopt.job.evaluation import Evaluator
 from qopt.job.journal import Journal
 from qopt.job.lipschitz_limit import account, lipschitz_limit, reached
-from qopt.job.prices import allocate_within, spent
+from qopt.job.prices import allocate_within, limit_row, limit_rows, spent
 from qopt.job.row_formats import row_choices
 from qopt.job.run import Run
 from qopt.job.select import Entry, select
@@ -26,7 +26,7 @@ from qopt.measure.norms import code_norms
 from qopt.plan import Plan, uniform
 from qopt.plugins import load
 from qopt.quantize import ROUNDINGS, Applied, AppliedWeights
-from qopt.report.model import EvaluatedPlan, MeasuredPlan, SearchFacts
+from qopt.report.model import EvaluatedPlan, LimitRow, MeasuredPlan, SearchFacts
 from qopt.search.evaluation import Measure, MeasuredStrategy, front, knee
 from qopt.search.lipschitz import LipschitzSearch
 from qopt.search.quanos import QuanosSearch
@@ -48,13 +48,14 @@ class Choice:
     """The plan that was chosen, made real, with the space it came from and the account of how.
 
     ``norms`` holds, by layer, ``||W_q||_2``, ``||dW||_2`` and ``||dW||_inf`` of the codes as they were rounded in the
-    end; layers that stay float are absent.
+    end; layers that stay float are absent. ``limits`` holds the plan against each limit.
     """
 
     applied: AppliedWeights
     space: Space
     facts: SearchFacts
     norms: Mapping[str, tuple[NormBound, NormBound, NormBound]]
+    limits: tuple[LimitRow, ...] = ()
 
 
 def choose(run: Run, journal: Journal | None = None) -> Choice:
@@ -83,15 +84,17 @@ def choose(run: Run, journal: Journal | None = None) -> Choice:
     entries, outcome = _plans(run, strategy, space, filtered, outcomes), outcomes[0]
     journal.propose(entries[0].plan)
     applied, evaluated = _decide(run, entries, journal)
-    limit = lipschitz_limit(run)
+    limit, steepness = lipschitz_limit(run), list[LimitRow]()
     if limit is not None:
-        applied, evaluated, notes = _held(run, strategy, limit, (applied, evaluated), journal)
+        applied, evaluated, notes, row = _held(run, strategy, limit, (applied, evaluated), journal)
         outcome = replace(outcome, notes=(*outcome.notes, *notes))
+        steepness.append(row)
     outcome = replace(outcome, notes=(*outcome.notes, *spent(run, applied)))
     journal.propose(applied.plan)
     facts = _facts(run, strategy, filtered, outcome, evaluated)
     facts = facts.model_copy(update={"measured": _measured(journal, applied.plan)})
-    return Choice(applied, space, facts, _norms(run, applied, space))
+    limits = (*limit_rows(run, applied), *steepness)
+    return Choice(applied, space, facts, _norms(run, applied, space), limits)
 
 
 def _strategy(run: Run) -> AnyStrategy:
@@ -135,11 +138,11 @@ def _held(
     limit: Limit,
     selected: tuple[AppliedWeights, list[EvaluatedPlan]],
     journal: Journal,
-) -> tuple[AppliedWeights, list[EvaluatedPlan], tuple[str, ...]]:
+) -> tuple[AppliedWeights, list[EvaluatedPlan], tuple[str, ...], LimitRow]:
     """The plan held to the Lipschitz limit as it was rounded in the end, with what is to be said of it.
 
     Strategies keep the limit by codes to nearest. Where those of another rounding break it, plans are measured again
-    without that rounding; a plan by a strategy that plays without limits stays, with a warning.
+    without that rounding; a plan by a strategy that plays without limits stays, and fails the limit.
 
     Raises:
         InfeasibleError: the rounding that the user asked for breaks the limit.
@@ -163,9 +166,8 @@ def _held(
         evaluated = [*first, *again]
         bounds = reached(run, applied)
         said.append(f"{broken}, above the limit: weights are rounded to nearest")
-    if bounds.last.lipschitz > limit.bound:
-        run.warnings.append(f"the plan of {strategy.name} does not keep the limit {limit}")
-    return applied, evaluated, (*said, account(run, bounds, limit))
+    row = limit_row(limit, "calculus", bounds.last.lipschitz)
+    return applied, evaluated, (*said, account(run, bounds, limit)), row
 
 
 def _decide(run: Run, entries: list[Entry], journal: Journal) -> tuple[AppliedWeights, list[EvaluatedPlan]]:
@@ -204,9 +206,12 @@ def _apply_given(run: Run, plan: Plan) -> Choice:
 
 
 def described(run: Run, applied: AppliedWeights, facts: SearchFacts) -> Choice:
-    """The choice of a plan that was made real outside the search, with its norms."""
+    """The choice of a plan that was made real outside the search, with its norms, held against the limits."""
     space = build_space(run, capable(run, ()), measured=False)
-    return Choice(applied, space, facts, _norms(run, applied, space))
+    limit, limits = lipschitz_limit(run), limit_rows(run, applied)
+    if limit is not None and isinstance(applied, Applied):
+        limits.append(limit_row(limit, "calculus", reached(run, applied).last.lipschitz))
+    return Choice(applied, space, facts, _norms(run, applied, space), tuple(limits))
 
 
 def _norms(run: Run, applied: AppliedWeights, space: Space) -> dict[str, tuple[NormBound, NormBound, NormBound]]:

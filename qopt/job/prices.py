@@ -10,8 +10,10 @@ from qopt.hardware.cost_model import peak
 from qopt.job.run import Run
 from qopt.limits import Limit, readable
 from qopt.quantize import AppliedWeights
+from qopt.report.model import LimitRow
 from qopt.search.rows import RowChoices, allocate_rows
 from qopt.search.space import Outcome, Space, column_of
+from qopt.size import code_bits, stored_bytes
 from qopt.spec import WeightSpec
 
 TRIES = 4
@@ -56,7 +58,7 @@ def check_memory(run: Run) -> None:
 
 
 def spent(run: Run, applied: AppliedWeights) -> list[str]:
-    """One clause per machine with what the plan costs there; a limit that it breaks is a warning too."""
+    """One clause per machine with what the plan costs there."""
     specs = {layer.name: applied.quantized.spec(layer.name) for layer in run.network.layers}
     said = []
     for model in run.cost_models:
@@ -64,11 +66,31 @@ def spent(run: Run, applied: AppliedWeights) -> list[str]:
             continue
         total = model.network_cost(run.network.layers, specs, run.network.steps)
         said.append(f"on {model.name}: " + ", ".join(_cost(run, quantity, cost) for quantity, cost in total.items()))
-        for limit in run.target.limits:
-            if total.get(limit.quantity, 0.0) > limit.bound * ROUNDED:
-                cost = readable(limit.quantity, total[limit.quantity])
-                run.warnings.append(f"the plan takes {cost} of {limit.quantity} on {model.name}, above {limit}")
     return said
+
+
+def limit_rows(run: Run, applied: AppliedWeights) -> list[LimitRow]:
+    """Every limit that costs decide, held against the plan as it was made real, on every machine that prices it."""
+    stored = list(applied.quantized.stored(run.prepared))
+    specs = {layer.name: applied.quantized.spec(layer.name) for layer in run.network.layers}
+    totals = {"stored": {"bits": code_bits(stored), "size": float(stored_bytes(stored))}}
+    for model in run.cost_models:
+        if model.name != "bits" and any(limit.quantity in model.totals for limit in run.target.limits):
+            totals[model.name] = dict(model.network_cost(run.network.layers, specs, run.network.steps))
+    return [
+        limit_row(limit, machine, total[limit.quantity])
+        for limit in run.target.limits
+        for machine, total in totals.items()
+        if limit.quantity in total
+    ]
+
+
+def limit_row(limit: Limit, machine: str, value: float) -> LimitRow:
+    """One line of the report."""
+    return LimitRow(
+        limit=str(limit), machine=machine, value=value, bound=limit.bound, found=readable(limit.quantity, value),
+        holds=value <= limit.bound * ROUNDED,
+    )  # fmt: skip
 
 
 def excess(run: Run, specs: Mapping[str, WeightSpec]) -> float:

@@ -67,7 +67,7 @@ def build_report(
         code_bits=code_bits(stored), stored_bits=stored_bits(stored),
     )  # fmt: skip
     return Report(
-        verdict=_verdict(run, size, ours, gates),
+        verdict=_verdict(run, size, ours, gates, [row.limit for row in choice.limits if not row.holds]),
         robust_accuracy=ours.robust.value if ours and ours.robust else None,
         target=run.target.expansion,
         command=command,
@@ -83,6 +83,7 @@ def build_report(
         rows=rows,
         masking=table.masking if table else [],
         gates=gates,
+        limits=list(choice.limits),
         left_out=run.left_out,
         warnings=[*_warnings(run, choice, artefact, size), *_saturation_warnings(layers)],
     )
@@ -173,8 +174,11 @@ def _warnings(run: Run, choice: Choice, artefact: EmittedFile, size: SizeFacts) 
         )
     warnings += [*_calibration_warnings(run, choice), *_channel_warnings(run, choice)]
     warnings += _dialect_warnings(run, choice, integers)
-    broken = [x for x in run.target.limits if x.quantity == "bits" and size.code_bits > x.bound + 1e-9]
-    return warnings + [f"the plan of {choice.facts.strategy} does not keep the limit {limit}" for limit in broken]
+    return warnings + [
+        f"the plan does not keep the limit {row.limit}: {row.found} ({row.machine})"
+        for row in choice.limits
+        if not row.holds
+    ]
 
 
 def _saturation_warnings(layers: list[LayerRow]) -> list[str]:
@@ -258,10 +262,11 @@ def _zero_channels(weight: Tensor, layer: Layer) -> Tensor:
     return (weight == 0).movedim(layer.channel_axis, 0).flatten(1).all(1)
 
 
-def _verdict(run: Run, size: SizeFacts, ours: Row | None, gates: list[GateRow]) -> str:
+def _verdict(run: Run, size: SizeFacts, ours: Row | None, gates: list[GateRow], broken: list[str]) -> str:
     text = f"{run.name} in {size.code_bits:.2f} bits per weight, {size.ratio:.3f} of the float file"
     if ours is None:
-        return f"{text}; {run.unattacked or 'nothing measured on images'}."
+        text += f"; {run.unattacked or 'nothing measured on images'}"
+        return f"{text}{_broken(broken)}."
     assert ours.clean_drop is not None
     text += f": clean accuracy {ours.clean.value:.1f} % ({-ours.clean_drop.value:+.1f} points against float)"
     if ours.robust is not None and ours.robust_drop is not None:
@@ -269,5 +274,10 @@ def _verdict(run: Run, size: SizeFacts, ours: Row | None, gates: list[GateRow]) 
         text += ", gradients masked" if ours.masking == "masked" else ""
     failed = [gate.gate for gate in gates if not gate.holds]
     if not gates:
-        return f"{text}."
-    return f"{text}; " + (f"gates fail: {', '.join(failed)}." if failed else "every gate holds.")
+        return f"{text}{_broken(broken)}."
+    text += "; " + (f"gates fail: {', '.join(failed)}" if failed else "every gate holds")
+    return f"{text}{_broken(broken)}."
+
+
+def _broken(limits: list[str]) -> str:
+    return f"; limits broken: {', '.join(dict.fromkeys(limits))}" if limits else ""

@@ -14,6 +14,7 @@ def to_markdown(report: Report) -> str:
         _setting(report),
         _section("Networks", _networks(report)),
         _section("Gates", _gates(report)),
+        _section("Limits", _limits(report)),
         _section("Can the attacks be believed?", _masking(report)),
         _section("Size and kernels", _size(report)),
         _section("Layers", _layers(report)),
@@ -77,6 +78,11 @@ def _gates(report: Report) -> str:
     return _table(["gate", "found", ""], rows) if rows else ""
 
 
+def _limits(report: Report) -> str:
+    rows = [[row.limit, row.machine, row.found, "holds" if row.holds else "**broken**"] for row in report.limits]
+    return _table(["limit", "on", "found", ""], rows) if rows else ""
+
+
 def _masking(report: Report) -> str:
     rows = [[m.network, m.rule, "**triggered**" if m.triggered else "no", m.text] for m in report.masking]
     return _table(["network", "rule", "triggered", "numbers"], rows) if rows else ""
@@ -127,11 +133,14 @@ def _search(report: Report) -> str:
         [
             plan.name, f"{plan.code_bits:.2f}", f"{plan.clean_divergence:.4g}",
             "-" if plan.adversarial_divergence is None else f"{plan.adversarial_divergence:.4g}",
-            "chosen" if plan.chosen else "",
+            "-" if plan.clean_drop is None else f"{plan.clean_drop:+.1f}",
+            "-" if plan.robust_drop is None else f"{plan.robust_drop:+.1f}", "chosen" if plan.chosen else "",
         ]
         for plan in search.evaluated
     ]  # fmt: skip
-    header = ["plan, measured on select images", "bits", "KL clean", "KL adversarial", ""]
+    header = [
+        "plan, measured on select images", "bits", "KL clean", "KL adversarial", "clean drop", "robust drop", "",
+    ]  # fmt: skip
     return "\n".join(lines) + "\n\n" + _table(header, rows)
 
 

@@ -213,6 +213,21 @@ class GateRow(Document):
 
 
 @final
+class LimitRow(Document):
+    """One limit on the plan: what it takes on one machine, in the limit's unit, and whether that is within.
+
+    ``machine`` is the cost model; ``stored`` for bits and bytes of weights, ``calculus`` for the Lipschitz constant.
+    """
+
+    limit: str
+    machine: str
+    value: float
+    bound: float
+    found: str
+    holds: bool
+
+
+@final
 class KernelFacts(Document):
     """Convolutions and matrix products by the kind of kernel that ONNX Runtime gives them on this machine.
 
@@ -256,13 +271,14 @@ class Report(Document):
     rows: list[Row]
     masking: list[MaskingRow]
     gates: list[GateRow]
+    limits: list[LimitRow] = Field(default_factory=list)
     left_out: list[str]
     warnings: list[str]
 
     @property
     def gates_hold(self) -> bool:
-        """Whether every gate holds."""
-        return all(gate.holds for gate in self.gates)
+        """Whether every gate and every limit holds."""
+        return all(gate.holds for gate in self.gates) and all(limit.holds for limit in self.limits)
 
     @staticmethod
     def from_json(text: str, where: str = "report") -> Report:

@@ -101,14 +101,15 @@ def test_a_quantity_that_nothing_prices(example_onnx: Path) -> None:
         qopt.optimize(example_onnx, target="stm32f4", limits=("energy<=1J",))
 
 
-def test_a_given_plan_that_breaks_a_limit_is_a_warning(example_onnx: Path) -> None:
+def test_a_given_plan_that_breaks_a_limit_ends_with_1(example_onnx: Path) -> None:
     from qopt.plan import uniform
 
     plan = uniform(WeightSpec.parse("int8"))
     bundle = qopt.optimize(example_onnx, target="bops", limits=("bops<=300M",), plan=plan)
     warned = [text for text in bundle.report.warnings if "bops" in text]
-    assert warned == ["the plan takes 653.3 M of bops on bops, above bops<=300000000"]
+    assert warned == ["the plan does not keep the limit bops<=300000000: 653.3 M (bops)"]
     assert bundle.report.search.notes == ["on bops: bops 653.3 M (limit 300 M)"]
+    assert bundle.exit_code == 1
 
 
 def test_formats_that_the_device_lacks_are_not_used(example_onnx: Path, fashion: Data) -> None:

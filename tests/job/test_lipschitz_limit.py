@@ -315,7 +315,11 @@ def test_the_main_job_with_images_holds_the_rounded_weights(
 
 def test_algorithm_1_says_that_it_plays_without_limits(small: Path) -> None:
     bundle = qopt.optimize(small, search="lipschitz", limits=("lipschitz<=0.01",))
-    assert "the plan of lipschitz does not keep the limit lipschitz<=0.01" in bundle.report.warnings
+    assert bundle.exit_code == 1
+    (row,) = [row for row in bundle.report.limits if row.machine == "calculus"]
+    assert (row.limit, row.holds) == ("lipschitz<=0.01", False)
+    warning = f"the plan does not keep the limit lipschitz<=0.01: {row.found} (calculus)"
+    assert warning in bundle.report.warnings
 
 
 def test_rows_do_not_go_with_it(example_onnx: Path, fashion: Data) -> None:

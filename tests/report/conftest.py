@@ -12,6 +12,7 @@ from qopt.report.model import (
     GateRow,
     KernelFacts,
     LayerRow,
+    LimitRow,
     MaskingRow,
     ModelFacts,
     Report,
@@ -50,7 +51,7 @@ def full_report() -> Report:
             evaluated=[
                 EvaluatedPlan(
                     name="greedy", digest="ef", code_bits=3.5, bias_correction=False, clean_divergence=0.012345,
-                    adversarial_divergence=0.1, chosen=True,
+                    adversarial_divergence=0.1, chosen=True, clean_drop=0.2, robust_drop=-0.4,
                 ),
                 EvaluatedPlan(
                     name="greedy, bias correction", digest="gh", code_bits=3.5, bias_correction=True,
@@ -90,6 +91,10 @@ def full_report() -> Report:
             GateRow(gate="clean_drop<=2", found="1.00 points, at most 2.00 at 95 %", holds=True),
             GateRow(gate="robust_drop<=2", found="5.00 points, at most 6.00 at 95 %", holds=False),
         ],
+        limits=[
+            LimitRow(limit="bits<=4", machine="stored", value=3.5, bound=4, found="3.5", holds=True),
+            LimitRow(limit="flash<=4096B", machine="stm32f4", value=6000, bound=4096, found="5.9 KB", holds=False),
+        ],
         left_out=["a step"],
         warnings=["a warning"],
     )  # fmt: skip
@@ -101,6 +106,7 @@ def bare_report(full_report: Report) -> Report:
     return full_report.model_copy(
         update={
             "robust_accuracy": None, "threat": None, "data": None, "rows": [], "masking": [], "gates": [],
+            "limits": [],
             "activations": [], "warnings": [], "left_out": [],
             "kernels": KernelFacts(integer=0, floating=2, counts={}),
             "search": full_report.search.model_copy(
