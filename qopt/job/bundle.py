@@ -47,7 +47,7 @@ class Bundle:
     @property
     def exit_code(self) -> int:
         """0 where every gate and limit holds, 1 where one fails."""
-        return 0 if self.report.gates_hold else 1
+        return 0 if self.report.gates_hold and self.report.limits_hold else 1
 
     @property
     def robust_accuracy(self) -> float | None:
