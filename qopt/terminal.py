@@ -77,4 +77,4 @@ def _facts(bundle: Bundle, folder: Path) -> list[str]:
     lines += [f"limit    {x.limit}: {x.found} ({x.machine}){'' if x.holds else '  BROKEN'}" for x in report.limits]
     lines += [f"left out {item}" for item in report.left_out]
     lines += [f"warning  {item}" for item in report.warnings]
-    return [*lines, report.verdict, f"report   {folder / 'report.md'}"]
+    return [*lines, report.verdict, f"report   {folder / 'report.html'}"]

@@ -84,7 +84,7 @@ def test_right_input_from_start_to_end(place: Path) -> None:
         "gate",
     ):
         assert word in done.stdout
-    assert "report   out/report.md" in done.stdout
+    assert "report   out/report.html" in done.stdout
     assert "attacking the float network" in done.stderr
     assert "mixed images to calibrate on" in done.stderr
     assert {p.name for p in (place / "out").iterdir()} >= {"model.onnx", "plan.json", "report.md", "manifest.json"}

@@ -14,6 +14,7 @@ from typing import Any, final
 from qopt import __version__
 from qopt.files import write_folder
 from qopt.plan import Plan
+from qopt.report.html import to_html
 from qopt.report.markdown import to_markdown
 from qopt.report.model import Report
 
@@ -60,6 +61,7 @@ class Bundle:
             "plan.json": self.plan.to_json(),
             "report.json": self.report.to_json(),
             "report.md": to_markdown(self.report),
+            "report.html": to_html(self.report, self.manifest.get("latency_seconds")),
             "journal.jsonl": self.journal,
             **self.sources,
         }

@@ -32,6 +32,7 @@ from qopt.job.report import build_report, layer_metadata
 from qopt.job.rows import Table
 from qopt.job.run import Progress, Run
 from qopt.job.sources import c_sources, check_forms
+from qopt.job.sweep import sweep
 from qopt.job.verify import verify
 from qopt.measure.network import Normalisation
 from qopt.plan import Plan
@@ -167,7 +168,7 @@ def start(task: Task, cache: Cache, progress: Progress) -> Run:
         _check_labels(shaped, prepared.classes)
         images = torch.from_numpy(shaped.calibrate.first(options.calibration_images).images)
         calibration = whole_batches(normalisation(images), prepared.batch)
-    weights, unattacked = _quantizer(prepared, calibration, notes)
+    weights, unattacked = _quantizer(prepared, calibration, list(notes))
     run = Run(
         task.name, prepared, weights, shaped, options, target, _threat(options, prepared), cache, progress, task.plan,
         unattacked,
@@ -175,7 +176,7 @@ def start(task: Task, cache: Cache, progress: Progress) -> Run:
     if shaped is not None and options.calibrated_on != "clean":
         progress(f"{options.calibrated_on} images to calibrate on")
         images = normalisation(_attacked_calibration(run, shaped.calibrate.first(options.calibration_images)))
-        run = replace(run, weights=Quantizer(prepared, whole_batches(images, prepared.batch), notes=notes))
+        run = replace(run, weights=Quantizer(prepared, whole_batches(images, prepared.batch), notes=list(notes)))
     if unattacked:
         run.left_out.append(unattacked)
     elif data is None and options.robust:
@@ -310,4 +311,6 @@ def _measured(run: Run, choice: Choice, artefact: EmittedFile, reference: Emitte
     for baseline in run.options.baselines:
         table.add_baseline(baseline)
     table.add(OURS, artefact, choice.applied, naive=True)
+    if run.options.effort != "fast":
+        table.sweep = sweep(run, {"float": reference, OURS: artefact})
     return table

@@ -81,6 +81,7 @@ def build_report(
         size=size,
         kernels=artefact.kernels,
         rows=rows,
+        sweep=table.sweep if table else [],
         masking=table.masking if table else [],
         gates=gates,
         limits=list(choice.limits),

@@ -18,7 +18,7 @@ from qopt.measure.robustness import BATCH, Scores, Setting, attack_artefact, att
 from qopt.passes.insert_activation_quantizers import set_gradient
 from qopt.plan import uniform
 from qopt.quantize import Applied
-from qopt.report.model import Drop, MaskingRow, Row, Share
+from qopt.report.model import Drop, MaskingRow, Row, Share, SweepLine
 from qopt.size import code_bits
 from qopt.statistics import accuracy_interval, paired_difference
 
@@ -41,11 +41,13 @@ class Table:
     Attributes:
         run: the run.
         rows: finished rows.
+        sweep: accuracy against the radius, where that was asked for (`qopt.job.sweep`).
         masking: finished findings.
     """
 
     run: Run
     rows: list[Row] = field(default_factory=list)
+    sweep: list[SweepLine] = field(default_factory=list)
     masking: list[MaskingRow] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -8,24 +8,11 @@ from typing import Final
 
 from qopt.files import write_folder
 from qopt.report.comparison import ActivationShiftRow, Comparison, ExamplesRow, Matrix
-from qopt.report.heatmap import STYLE, HeatMap, number
+from qopt.report.heatmap import HeatMap, number
 from qopt.report.markdown import share
 from qopt.report.tables import Section, Table, page
 
 TITLE: Final = "Networks compared under attack"
-
-PAGE: Final = """body { background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif;
-  max-width: 76rem; margin: 2rem auto; padding: 0 1.2rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
-h3 { font-size: .95rem; margin: 1rem 0 .3rem; }
-p { max-width: 50rem; margin: .3rem 0 .8rem; overflow-wrap: anywhere; }
-.maps { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; }
-.maps svg { max-width: 100%; height: auto; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid var(--line); padding: .25rem .7rem .25rem 0; text-align: left; white-space: nowrap; }
-th { color: var(--faint); font-weight: 600; } .number { text-align: right; }
-"""
 
 
 def write(found: Comparison, folder: Path) -> None:
@@ -48,7 +35,7 @@ def markdown(found: Comparison) -> str:
 def html(found: Comparison) -> str:
     """Every section on one page, matrices as heat maps; it needs no other file and runs no script."""
     setting = Section("Setting", (*_setting(found), found.command))
-    return page(TITLE, STYLE + PAGE, [setting, *sections(found)])
+    return page(TITLE, [setting, *sections(found)])
 
 
 def text(found: Comparison) -> str:

@@ -77,15 +77,15 @@ class HeatMap:
         height = TOP + len(self.rows) * (CELL_HEIGHT + GAP) + 6
         parts = [
             f'<svg class="heat" xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-            f'viewBox="0 0 {width} {height}" role="img" aria-label="{_text(self._summary())}">',
-            f'<text class="title" x="4" y="18">{_text(self.title)}</text>',
+            f'viewBox="0 0 {width} {height}" role="img" aria-label="{plain(self._summary())}">',
+            f'<text class="title" x="4" y="18">{plain(self.title)}</text>',
             *(self._column(name, left + i * (CELL_WIDTH + GAP)) for i, name in enumerate(self.columns)),
         ]
         for number, (name, values) in enumerate(zip(self.rows, self.values, strict=True)):
             top = TOP + number * (CELL_HEIGHT + GAP)
             parts.append(
                 f'<text class="name" x="{left - 8}" y="{top + 19}" text-anchor="end">'
-                f"<title>{_text(name)}</title>{_text(_shortened(name))}</text>"
+                f"<title>{plain(name)}</title>{plain(_shortened(name))}</text>"
             )
             parts += [
                 self._cell(name, column, value, left + i * (CELL_WIDTH + GAP), top)
@@ -97,7 +97,7 @@ class HeatMap:
         return f"{self.title}: rows {', '.join(self.rows)}; columns {', '.join(self.columns)}"
 
     def _column(self, name: str, left: int) -> str:
-        return f'<text class="name" x="{left + CELL_WIDTH // 2}" y="42" text-anchor="middle">{_text(name)}</text>'
+        return f'<text class="name" x="{left + CELL_WIDTH // 2}" y="42" text-anchor="middle">{plain(name)}</text>'
 
     def _cell(self, row: str, column: str, value: float | None, left: int, top: int) -> str:
         place = f'x="{left}" y="{top}" width="{CELL_WIDTH}" height="{CELL_HEIGHT}" rx="3"'
@@ -110,7 +110,7 @@ class HeatMap:
             box = f'<rect class="{"less" if value < 0 else "more"}" {place} fill-opacity="{share:.3f}"/>'
             kind = "turned" if share >= TURN else "value"
         said = f"{row}, {column}: {shown if value is None else shown + self.unit}"
-        return f'<g><title>{_text(said)}</title>{box}<text class="{kind}" {middle}>{shown}</text></g>'
+        return f'<g><title>{plain(said)}</title>{box}<text class="{kind}" {middle}>{shown}</text></g>'
 
 
 def number(value: float, digits: int) -> str:
@@ -126,6 +126,6 @@ def _shortened(name: str) -> str:
     return f"{name[:half]}…{name[-half:]}"
 
 
-def _text(text: str) -> str:
+def plain(text: str) -> str:
     """Text for XML: escaped, and without the control characters that XML has no way to write."""
     return escape("".join(c if c.isprintable() else " " for c in text))

@@ -13,6 +13,7 @@ def to_markdown(report: Report) -> str:
         f"# {report.model.name}: quantization report\n\n{report.verdict}",
         _setting(report),
         _section("Networks", _networks(report)),
+        _section("Accuracy against the size of the attack", _sweep(report)),
         _section("Gates", _gates(report)),
         _section("Limits", _limits(report)),
         _section("Can the attacks be believed?", _masking(report)),
@@ -71,6 +72,13 @@ def _network(row: Row, attacks: Sequence[str]) -> list[str]:
         row.name, f"{row.code_bits:.2f}", share(row.clean), *(share(row.attacked.get(name)) for name in attacks),
         share(row.robust), drop(row.clean_drop), drop(row.robust_drop), row.masking,
     ]  # fmt: skip
+
+
+def _sweep(report: Report) -> str:
+    if not report.sweep:
+        return ""
+    header = ["network, PGD", *(f"{point.eps:.4g}" for point in report.sweep[0].points)]
+    return _table(header, [[line.network, *(share(p.accuracy) for p in line.points)] for line in report.sweep])
 
 
 def _gates(report: Report) -> str:

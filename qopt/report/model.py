@@ -194,6 +194,22 @@ class Row(Document):
 
 
 @final
+class SweepPoint(Document):
+    """Accuracy under PGD within ``eps``, which is 0 for clean images."""
+
+    eps: float
+    accuracy: Share
+
+
+@final
+class SweepLine(Document):
+    """One network's accuracy against the radius of the attack, growing; on a part of the report images."""
+
+    network: str
+    points: list[SweepPoint]
+
+
+@final
 class MaskingRow(Document):
     """One masking rule on one network."""
 
@@ -269,6 +285,7 @@ class Report(Document):
     size: SizeFacts
     kernels: KernelFacts
     rows: list[Row]
+    sweep: list[SweepLine] = Field(default_factory=list)
     masking: list[MaskingRow]
     gates: list[GateRow]
     limits: list[LimitRow] = Field(default_factory=list)

@@ -5,10 +5,56 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import final
+from typing import Final, Protocol, final
 
 from qopt.columns import columns
-from qopt.report.heatmap import HeatMap
+from qopt.report.charts import STYLE as CHART_STYLE
+from qopt.report.heatmap import STYLE as MAP_STYLE
+
+PAGE: Final = """:root { --first: #1d5fbf; --second: #b8500a; --third: #2e7d4f; --good: #1b7a3d; --bad: #b3261e; }
+@media (prefers-color-scheme: dark) {
+  :root { --first: #6aa9ff; --second: #ff9d52; --third: #6fcf97; --good: #66d08b; --bad: #ff8a80; }
+}
+body { background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif;
+  max-width: 76rem; margin: 2rem auto; padding: 0 1.2rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
+h3 { font-size: .95rem; margin: 1rem 0 .3rem; }
+p { max-width: 50rem; margin: .3rem 0 .8rem; overflow-wrap: anywhere; }
+.good { color: var(--good); } .bad { color: var(--bad); font-weight: 600; }
+.verdict { font-size: 1.15rem; border-left: 4px solid var(--line); padding: .2rem 0 .2rem .9rem; }
+.verdict.good, .verdict.bad { color: var(--ink); font-weight: 400; }
+.verdict.good { border-color: var(--good); } .verdict.bad { border-color: var(--bad); }
+.maps { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 1rem 2.5rem; }
+.maps svg { max-width: 100%; height: auto; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid var(--line); padding: .25rem .7rem .25rem 0; text-align: left; white-space: nowrap; }
+th { color: var(--faint); font-weight: 600; } td.number { text-align: right; white-space: nowrap; }
+th.number { text-align: right; }
+.long { white-space: normal; min-width: 18rem; overflow-wrap: anywhere; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px; }
+@media (max-width: 44rem) {
+  body { margin: 1rem auto; padding: 0 1.3rem; } th, td { white-space: normal; }
+  td:first-child { min-width: 5.5rem; overflow-wrap: break-word; } .long { min-width: 11rem; }
+}
+@media print {
+  body { max-width: none; margin: 0; } .wide { overflow: visible; } section, svg, tr { break-inside: avoid; }
+  th, td { white-space: normal; }
+}
+"""
+"""Colours and spaces of a page, beside those of its pictures."""
+
+
+LONG: Final = 48
+"""Characters of a cell from which on it may take several lines."""
+
+
+class Picture(Protocol):
+    """What a page can show: a `HeatMap` or a chart."""
+
+    def svg(self) -> str:
+        """One ``svg`` element of its own size."""
+        ...
 
 
 @final
@@ -42,7 +88,7 @@ class Table:
         """A ``table`` element; numbers have the class ``number``."""
         head = "".join(f"<th{self._class(i)}>{escape(name)}</th>" for i, name in enumerate(self.header))
         body = "\n".join(
-            "<tr>" + "".join(f"<td{self._class(i)}>{escape(cell)}</td>" for i, cell in enumerate(row)) + "</tr>"
+            "<tr>" + "".join(f"<td{self._class(i, cell)}>{escape(cell)}</td>" for i, cell in enumerate(row)) + "</tr>"
             for row in self.rows
         )
         return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
@@ -50,7 +96,9 @@ class Table:
     def _is_left(self, column: int) -> bool:
         return column == 0 or column in self.left
 
-    def _class(self, column: int) -> str:
+    def _class(self, column: int, cell: str = "") -> str:
+        if len(cell) > LONG:
+            return ' class="long"'
         return "" if self._is_left(column) else ' class="number"'
 
 
@@ -63,15 +111,15 @@ class Section:
         title: a few words.
         notes: sentences.
         tables: caption, or nothing, and table.
-        maps: heat maps, which a page shows in place of the tables that ``mapped`` counts.
-        mapped: how many of the tables, from the first on, have their heat maps.
+        maps: pictures, which a page shows in place of the tables that ``mapped`` counts.
+        mapped: how many of the tables, from the first on, have their pictures.
         detail: whether a terminal leaves it out.
     """
 
     title: str
     notes: tuple[str, ...] = ()
     tables: tuple[tuple[str, Table], ...] = ()
-    maps: tuple[HeatMap, ...] = ()
+    maps: tuple[Picture, ...] = ()
     mapped: int = 0
     detail: bool = False
 
@@ -100,13 +148,14 @@ class Section:
         return "<section>\n" + "\n".join(parts) + "\n</section>"
 
 
-def page(title: str, style: str, sections: Sequence[Section]) -> str:
-    """A whole HTML page that needs no other file."""
+def page(title: str, sections: Sequence[Section], verdict: str = "") -> str:
+    """A whole HTML page that needs no other file; ``verdict`` is an element under the title."""
+    style = MAP_STYLE + CHART_STYLE + PAGE
     body = "\n".join(section.html() for section in sections)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n{verdict}"
         f"{body}\n</body>\n</html>\n"
     )
 

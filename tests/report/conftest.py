@@ -14,12 +14,15 @@ from qopt.report.model import (
     LayerRow,
     LimitRow,
     MaskingRow,
+    MeasuredPlan,
     ModelFacts,
     Report,
     Row,
     SearchFacts,
     Share,
     SizeFacts,
+    SweepLine,
+    SweepPoint,
 )
 
 
@@ -58,6 +61,13 @@ def full_report() -> Report:
                     clean_divergence=0.02, adversarial_divergence=None, chosen=False,
                 ),
             ],
+            measured=[
+                MeasuredPlan(
+                    code_bits=bits, bytes=5000, clean=clean, robust=0.1, front=front, knee=bits == 3.5,
+                    chosen=bits == 3.5,
+                )
+                for bits, clean, front in ((3.5, 0.012345, True), (4.0, 0.01, True), (4.0, 0.5, False))
+            ],
         ),
         layers=[
             LayerRow(
@@ -86,6 +96,16 @@ def full_report() -> Report:
                 clean_drop=drop(-0.25), note="not a measurement",
             ),
         ],
+        sweep=[
+            SweepLine(
+                network=name,
+                points=[
+                    SweepPoint(eps=0.0, accuracy=share(90)),
+                    SweepPoint(eps=0.1, accuracy=share(held)),
+                ],
+            )
+            for name, held in (("float", 70.0), ("qopt", 65.0))
+        ],
         masking=[MaskingRow(network="qopt", rule="transfer beats\nwhite box", triggered=True, text="70.0 | 61.0")],
         gates=[
             GateRow(gate="clean_drop<=2", found="1.00 points, at most 2.00 at 95 %", holds=True),
@@ -105,12 +125,12 @@ def bare_report(full_report: Report) -> Report:
     """What a run without data reports."""
     return full_report.model_copy(
         update={
-            "robust_accuracy": None, "threat": None, "data": None, "rows": [], "masking": [], "gates": [],
+            "robust_accuracy": None, "threat": None, "data": None, "rows": [], "sweep": [], "masking": [], "gates": [],
             "limits": [],
             "activations": [], "warnings": [], "left_out": [],
             "kernels": KernelFacts(integer=0, floating=2, counts={}),
             "search": full_report.search.model_copy(
-                update={"evaluated": [], "factor": 1.0, "notes": [], "relaxed": []}
+                update={"evaluated": [], "measured": [], "factor": 1.0, "notes": [], "relaxed": []}
             ),
         }
     )  # fmt: skip
