@@ -5,7 +5,8 @@ Run: ``QOPT_ASSETS=folder python benchmarks/strategies.py [--networks a,b] [--bi
 --networks cnn_mnist_madrytiny --bits 3 --autoattack 0`` is a small version.
 
 Every strategy has the same candidates, images, thresholds and rounding (GPTQ and bias correction), formats of whole
-layers, and the measured selection of `qopt optimize` after it; ``lipschitz`` knows no limit on bits. Accuracy is of the
+layers, and the measured selection of `qopt optimize` after it; ``lipschitz`` knows no limit on bits, so that its rows above the
+limit are no rivals. ``default`` may give the rows of a layer different formats, too. Accuracy is of the
 twin, clean and under PGD-50 on the margin, on the same test images, with the paired difference to the best robust
 accuracy of the table beside it; the two best are attacked by AutoAttack, too. Evaluations are the different plans that
 a strategy measured itself; seconds are CPU seconds of the search alone, with sensitivities that all share. Scores are
@@ -41,7 +42,8 @@ from qopt.size import code_bits
 from qopt.statistics import paired_difference
 
 RESULTS = Path(__file__).resolve().parent / "results" / "strategies.md"
-STRATEGIES = ("uniform", "lipschitz", "quanos", "greedy", "exact", "optuna", "refit")
+STRATEGIES = ("uniform", "lipschitz", "quanos", "greedy", "exact", "optuna", "refit", "default")
+"""``default`` is `qopt optimize` as it is when nothing is asked: its strategy, and formats of rows beside it."""
 ATTACK = PGD(steps=50, loss="margin")
 
 
@@ -92,10 +94,11 @@ def images(path: Path) -> Data:
 
 def begin(args: argparse.Namespace, network: Network, bits: float, strategy: str, data: Data) -> Run:
     """A run of the main job with this strategy."""
+    own = {} if strategy == "default" else {"search": strategy, "rows": "off"}
     options = resolve_options(
-        target="int4", limits=(f"bits<={bits:g}",), robust=True, eps=network.eps, search=strategy, baselines=(),
-        rows="off", rounding="gptq", bias_correction="on", effort=args.effort, evaluations=args.evaluations,
-        probe_images=args.probe, seed=args.seed, thresholds=args.thresholds,
+        target="int4", limits=(f"bits<={bits:g}",), robust=True, eps=network.eps, baselines=(), rounding="gptq",
+        bias_correction="on", effort=args.effort, evaluations=args.evaluations, probe_images=args.probe,
+        seed=args.seed, thresholds=args.thresholds, **own,
     )  # fmt: skip
     model = load(args.assets / "onnx" / f"{network.name}.onnx")
     return start(Task(model, network.name, data, options), Cache(args.cache), lambda step: None)
@@ -170,7 +173,8 @@ def table(args: argparse.Namespace, network: Network, bits: float) -> list[str]:
     rows = [measure(args, network, bits, strategy, data) for strategy in args.strategies]
     run = begin(args, network, bits, args.strategies[0], data)
     floats = scores(run, None, args.images)
-    ranked = sorted(rows, key=lambda row: -float(row.robust.double().mean()))
+    rivals = [row for row in rows if row.bits <= bits + 1e-9] or rows
+    ranked = sorted(rivals, key=lambda row: -float(row.robust.double().mean()))
     stronger = {row.strategy: autoattack(run, row.plan, args.autoattack) for row in ranked[:2] if args.autoattack}
     lines = [
         f"\n### {network.name}, {network.eps}, at most {bits:g} code bits\n",
@@ -180,9 +184,10 @@ def table(args: argparse.Namespace, network: Network, bits: float) -> list[str]:
     ]
     for row in rows:
         apart = paired_difference(row.robust.numpy(), ranked[0].robust.numpy())
+        over = "" if row in rivals else ", above the limit"
         strong = f"{stronger[row.strategy]:.1f}" if row.strategy in stronger else ""
         lines.append(
-            f"| {row.strategy} | {row.bits:.2f} | {percent(row.clean)} | {percent(row.robust)} "
+            f"| {row.strategy}{over} | {row.bits:.2f} | {percent(row.clean)} | {percent(row.robust)} "
             f"| {apart.difference:+.1f} +- {apart.standard_error:.1f} | {strong} | {row.evaluations} "
             f"| {row.seconds:.0f} |"
         )
