@@ -88,7 +88,7 @@ def divergences(run: Run, candidates: Mapping[str, tuple[WeightSpec, ...]]) -> S
     images = clean
     if adversarial is not None and form == "divergence":
         images = _hardest(clean, adversarial, withstood(run, "calibrate"))
-    images = images[: _affordable(run.prepared, candidates)]
+    images = images[: affordable_images(run.prepared, candidates)]
     pairs = [(name, spec) for name, specs in candidates.items() for spec in specs]
     key = {
         "model": run.prepared.digest, "images": digest_arrays(images.numpy()), "pairs": [[n, str(s)] for n, s in pairs],
@@ -104,7 +104,7 @@ def divergences(run: Run, candidates: Mapping[str, tuple[WeightSpec, ...]]) -> S
     return {pair: float(value) for pair, value in zip(pairs, values, strict=True)}
 
 
-def _affordable(prepared: Prepared, candidates: Mapping[str, tuple[WeightSpec, ...]]) -> int:
+def affordable_images(prepared: Prepared, candidates: Mapping[str, tuple[WeightSpec, ...]]) -> int:
     """On how many images sensitivities are measured: each version of a layer runs all layers after it, too."""
     after, macs = 0, 0
     for layer in reversed(prepared.layers):
