@@ -5,8 +5,8 @@ Run: ``QOPT_ASSETS=folder python benchmarks/strategies.py [--networks a,b] [--bi
 --networks cnn_mnist_madrytiny --bits 3 --autoattack 0`` is a small version.
 
 Every strategy has the same candidates, images, thresholds and rounding (GPTQ and bias correction), formats of whole
-layers, and the measured selection of `qopt optimize` after it; ``lipschitz`` knows no limit on bits, what it finds above
-is no rival. ``default`` may give the rows of a layer different formats, too. Accuracy is of the
+layers, and the measured selection of `qopt optimize` after it; ``lipschitz`` knows no limit on bits, what it finds
+above is no rival. ``default`` may give the rows of a layer different formats, too. Accuracy is of the
 twin, clean and under PGD-50 on the margin, on the same test images, with the paired difference to the best robust
 accuracy of the table beside it; the two best are attacked by AutoAttack, too. Evaluations are the different plans that
 a strategy measured itself; seconds are CPU seconds of the search alone, with sensitivities that all share. Scores are

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qopt._version import __version__
 
 if TYPE_CHECKING:
-    from qopt.api import analyze, attack, compare, load, optimize
+    from qopt.api import analyze, attack, compare, load, optimize, preview
     from qopt.config import Options
     from qopt.data import Data, load_data
     from qopt.errors import QoptError
@@ -40,6 +40,7 @@ _HOME = {
     "load": "qopt.api",
     "load_data": "qopt.data",
     "optimize": "qopt.api",
+    "preview": "qopt.api",
 }
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "load",
     "load_data",
     "optimize",
+    "preview",
 ]
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from qopt.cache import Cache
 from qopt.certify.certificate import Method
-from qopt.config import resolve_options
+from qopt.config import Options, resolve_options
 from qopt.data import Data, load_data
 from qopt.errors import UsageError
 from qopt.graph.formats import Format, identify
@@ -27,6 +27,9 @@ from qopt.job.compare import compare
 from qopt.job.journal import NAME as JOURNAL
 from qopt.job.journal import Journal, kept_plan
 from qopt.job.optimize import Task, optimize_model
+from qopt.job.preview import Preview
+from qopt.job.preview import preview as preview_model
+from qopt.job.sharing import Sharing, check_storage
 from qopt.measure.network import Normalisation
 from qopt.measure.presets import Preset
 from qopt.plan import Plan, read_plan
@@ -35,7 +38,7 @@ from qopt.report.attack_report import AttackReport
 from qopt.report.certify_report import CertifyReport
 from qopt.threat import Norm, parse_eps
 
-__all__ = ["analyze", "attack", "certify", "compare", "load", "optimize"]
+__all__ = ["analyze", "attack", "certify", "compare", "load", "optimize", "preview"]
 
 
 def optimize(
@@ -56,6 +59,8 @@ def optimize(
     gates: tuple[str, ...] | None = None,
     eps: float | str | None = None,
     plan: str | Path | Plan | None = None,
+    storage: str | None = None,
+    study: str | None = None,
     cache: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
     **options: Any,
@@ -85,6 +90,9 @@ def optimize(
         gates: such as ``("clean_drop<=1",)`` in points against float; None for the defaults.
         eps: radius of the threat model, pixels in [0, 1], as a number or like ``"8/255"``.
         plan: a plan, or the file of one, to apply instead of searching.
+        storage: URL of a database, or ``journal:FILE``, by which ``qopt worker`` processes share what a search
+            measures; the result is that of a run without.
+        study: the name that they find the run by; None for one by its content, which ``progress`` is told.
         cache: folder that keeps expensive evaluations by content; None keeps nothing.
         progress: told the name of each step as it begins.
         **options: the other fields of `qopt.config.Options`.
@@ -99,34 +107,101 @@ def optimize(
     """
     if resume and out is None:
         raise UsageError("nothing to resume from", where="resume", fix="give out, the folder of the interrupted run")
-    resolved = resolve_options(target=target, robust=robust, limits=limits, gates=gates, eps=eps, **options)
-    chosen = read_plan(Path(plan)) if isinstance(plan, str | Path) else plan
-    loaded = None if data is None else _loaded(data)
-    shape = input_shape or (None if loaded is None else tuple(loaded.report.images.shape[1:]))
-    if isinstance(model, nn.Module):
-        if shape is None and example is None:
-            raise UsageError("a module is exported with an example", fix="give input_shape, example or data")
-        graph, name, source = module_to_onnx(model, shape, example=example), type(model).__name__, {}
-    else:
-        path = Path(model)
-        graph = load_model(path, factory=factory, trust=trust, input_shape=input_shape or _needed(path, shape))
-        name, source = path.stem, _source(path)
-    extra = (*(("--model", factory) if factory else ()), *(("--trust",) if trust else ()))
-    extra += ("--plan", str(plan)) if isinstance(plan, str | Path) else ()
-    extra += ("--input-shape", ",".join(map(str, input_shape))) if input_shape else ()
-    extra += tuple(word for axis, size in (axes or {}).items() for word in ("--axis", f"{axis}={size}"))
-    extra += tuple(word for form in emit for word in ("--emit", form))
-    where = str(data) if isinstance(data, str | Path) else None
-    command = reproduce(name if isinstance(model, nn.Module) else str(model), where, resolved, extra)
-    task = Task(graph, name, loaded, resolved, chosen, source, command, axes or {}, emit)
+    if study is not None and storage is None:
+        raise UsageError("a study is in a storage", where="--study", fix="give --storage too")
+    if storage is not None:
+        check_storage(storage, options.get("search", Options.search), planned=plan is not None)
+    task, source = _task(
+        model, data=data, target=target, robust=robust, factory=factory, trust=trust, input_shape=input_shape,
+        example=example, axes=axes, emit=emit, limits=limits, gates=gates, eps=eps, plan=plan, **options,
+    )  # fmt: skip
+    sharing = None if storage is None else Sharing(storage, study, source)
     folder = None if out is None else Path(out)
     journal = Journal(None if folder is None else folder / JOURNAL, resume=resume)
     with kept_plan(journal, folder):
-        bundle = optimize_model(task, _kept(cache), progress or _silent, journal)
+        bundle = optimize_model(task, _kept(cache), progress or _silent, journal, sharing)
     if folder is not None:
         bundle.write(folder)
         journal.discard()
     return bundle
+
+
+def preview(
+    model: str | Path | nn.Module,
+    *,
+    out: str | Path | None = None,
+    cache: str | Path | None = None,
+    progress: Callable[[str], None] | None = None,
+    **options: Any,
+) -> Preview:
+    """What `optimize` would do with the same arguments, without doing it: nothing is searched, attacked or written.
+
+    Args:
+        model: as of `optimize`; so are all others.
+        out: the folder that would be written.
+        cache: folder that keeps expensive evaluations by content.
+        progress: told the name of each step as it begins.
+        **options: the other arguments of `optimize`.
+
+    Returns:
+        Layers with their candidate formats, costs of uniform formats in bytes and on every machine of the target, what
+        limits can be kept, and the time in seconds, a rough estimate from one timed pass.
+
+    Raises:
+        UsageError: a wrong option or path, or a target that takes none of the formats (exit code 2).
+        ModelError: a model that is corrupt, unsafe or not supported (exit code 3).
+    """
+    task, _ = _task(model, **options)
+    return preview_model(task, _kept(cache), progress or _silent, str(out or f"{task.name}.qopt"))
+
+
+def _task(
+    model: str | Path | nn.Module,
+    *,
+    data: str | Path | Data | None = None,
+    target: str = "int4",
+    robust: bool = False,
+    factory: str | None = None,
+    trust: bool = False,
+    input_shape: tuple[int, ...] | None = None,
+    example: tuple[Any, ...] | None = None,
+    axes: Mapping[str, int] | None = None,
+    emit: tuple[str, ...] = (),
+    limits: tuple[str, ...] = (),
+    gates: tuple[str, ...] | None = None,
+    eps: float | str | None = None,
+    plan: str | Path | Plan | None = None,
+    **options: Any,
+) -> tuple[Task, dict[str, Any]]:
+    """What `optimize` is called with, loaded, and where workers on other machines find it."""
+    resolved = resolve_options(target=target, robust=robust, limits=limits, gates=gates, eps=eps, **options)
+    chosen = read_plan(Path(plan)) if isinstance(plan, str | Path) else plan
+    loaded = None if data is None else _loaded(data)
+    shape = input_shape or (None if loaded is None else tuple(loaded.report.images.shape[1:]))
+    file, facts = None if isinstance(model, nn.Module) else Path(model), dict[str, Any]()
+    if isinstance(model, nn.Module):
+        if shape is None and example is None:
+            raise UsageError("a module is exported with an example", fix="give input_shape, example or data")
+        graph, name = module_to_onnx(model, shape, example=example), type(model).__name__
+    else:
+        assert file is not None
+        graph = load_model(file, factory=factory, trust=trust, input_shape=input_shape or _needed(file, shape))
+        name, facts = file.stem, _source(file)
+    where = str(data) if isinstance(data, str | Path) else None
+    words = (
+        *(("--model", factory) if factory else ()), *(("--trust",) if trust else ()),
+        *(("--plan", str(plan)) if isinstance(plan, str | Path) else ()),
+        *(("--input-shape", ",".join(map(str, input_shape))) if input_shape else ()),
+        *(word for axis, size in (axes or {}).items() for word in ("--axis", f"{axis}={size}")),
+        *(word for form in emit for word in ("--emit", form)),
+    )  # fmt: skip
+    command = reproduce(name if file is None else str(model), where, resolved, words)
+    source = {
+        "model": None if file is None else str(file), "data": where, "axes": dict(axes or {}),
+        "input_shape": list(input_shape or (file and _needed(file, shape)) or ()), "factory": factory is not None,
+        "trust": trust,
+    }  # fmt: skip
+    return Task(graph, name, loaded, resolved, chosen, facts, command, axes or {}, emit), source
 
 
 def attack(

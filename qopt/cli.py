@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, NoReturn
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -14,12 +15,17 @@ from qopt.commands.attack import EXAMPLES as ATTACK_EXAMPLES
 from qopt.commands.attack import attack
 from qopt.commands.certify import EXAMPLES as CERTIFY_EXAMPLES
 from qopt.commands.certify import certify
+from qopt.commands.check import EXAMPLES as CHECK_EXAMPLES
+from qopt.commands.check import check
 from qopt.commands.compare import compare
 from qopt.commands.doctor import doctor
 from qopt.commands.optimize import EXAMPLES, optimize
 from qopt.commands.plan import plan
 from qopt.commands.plugins import plugins
+from qopt.commands.settings import defaults, find
 from qopt.commands.targets import targets
+from qopt.commands.worker import EXAMPLES as WORKER_EXAMPLES
+from qopt.commands.worker import worker
 from qopt.errors import QoptError
 
 EXIT_CODES = """
@@ -65,11 +71,21 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="File of options. [qopt.toml, else [tool.qopt] in pyproject.toml, of this folder]"),
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Quantize a network, choose every layer's format under Lipschitz thresholds, and attack the file that ships."""
+    path = config or find(Path())
+    if path is not None and not context.resilient_parsing:
+        group: Any = context.command
+        commands = {name: command for name, command in group.commands.items() if not hasattr(command, "commands")}
+        context.default_map = defaults(path, commands, named=config is not None)
 
 
 app.command(epilog=EXAMPLES)(optimize)
@@ -77,7 +93,9 @@ app.command()(compare)
 app.command(epilog=ATTACK_EXAMPLES)(attack)
 app.command(epilog=CERTIFY_EXAMPLES)(certify)
 app.command(epilog=ANALYZE_EXAMPLES)(analyze)
+app.command(epilog=CHECK_EXAMPLES)(check)
 app.command()(doctor)
 app.command()(plugins)
 app.command()(targets)
+app.command(epilog=WORKER_EXAMPLES)(worker)
 app.add_typer(plan, name="plan")

@@ -33,6 +33,7 @@ def test_exported_names() -> None:
         "load",
         "load_data",
         "optimize",
+        "preview",
     ]
     assert all(getattr(qopt, name) is not None for name in qopt.__all__)
     assert dir(qopt) == qopt.__all__

@@ -15,8 +15,11 @@ from qopt.commands.running import (
     image_shape,
     numbers,
     run_job,
+    run_preview,
     sizes,
+    where_time_went,
 )
+from qopt.commands.settings import described
 
 MODEL = "A torch.export archive, a state dict or safetensors file with --model, or an ONNX file."
 DATA = "Images: a .npz file, a folder of class folders, or package.module:factory."
@@ -32,6 +35,7 @@ Examples:
 
 
 def optimize(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help=MODEL, metavar="MODEL")],
     target: Annotated[str, typer.Option(help="Targets, joined by commas: int8, int4, int4-uniform, int2.")] = "int4",
     robust: Annotated[
@@ -92,10 +96,22 @@ def optimize(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the plans that an interrupted run left in the output folder.")
     ] = False,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="URL of a database, to share what refit and optuna measure with `qopt worker`."),
+    ] = None,
+    study: Annotated[str | None, typer.Option(help="Name for it in the storage. [by content]")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads. [all]")] = None,
     cache: Annotated[bool, typer.Option(help="Keep expensive evaluations by content.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+    show_config: Annotated[
+        bool, typer.Option("--show-config", help="Print the options, with where each is from, and end.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, and about how long; write nothing.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Where the time went, on stderr.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of internal errors.")] = False,
 ) -> None:
     """Compile MODEL into a low-bit ONNX file, measure it and attack it."""
@@ -116,10 +132,19 @@ def optimize(
     if baseline:
         options["baselines"] = tuple(baseline)
     check_options(options)
+    if show_config:
+        typer.echo(described(context), nl=False)
+        raise typer.Exit
     shape = image_shape(input_shape)
-    bundle = run_job(
-        model, quiet, threads, data=data, factory=factory, trust=trust, input_shape=shape, plan=plan,
-        axes=sizes(axis or []), emit=tuple(emit or ()), cache=cache_folder() if cache else None,
-        out=folder, resume=resume, **options,
-    )  # fmt: skip
+    options |= {
+        "data": data, "factory": factory, "trust": trust, "input_shape": shape, "plan": plan,
+        "axes": sizes(axis or []), "emit": tuple(emit or ()), "cache": cache_folder() if cache else None, "out": folder,
+    }  # fmt: skip
+    if dry_run:
+        found = run_preview(model, quiet, threads, **options)
+        typer.echo(found.model_dump_json(indent=2) if as_json else found.text(), nl=as_json)
+        raise typer.Exit
+    bundle = run_job(model, quiet, threads, resume=resume, storage=storage, study=study, **options)
+    if verbose:
+        typer.echo(where_time_went(bundle.manifest), err=True, nl=False)
     finish(bundle, folder, as_json)

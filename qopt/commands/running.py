@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,22 @@ def run_job(model: str, quiet: bool, threads: int | None, **arguments: Any) -> A
         from qopt.api import optimize as compile_model
 
         return compile_model(model, progress=progress, **arguments)
+
+
+def run_preview(model: str, quiet: bool, threads: int | None, **arguments: Any) -> Any:
+    """The preview that `qopt.preview` returns; progress and errors as of `run_job`."""
+    with working(quiet, threads) as progress:
+        from qopt.api import preview
+
+        return preview(model, progress=progress, **arguments)
+
+
+def where_time_went(manifest: Mapping[str, Any]) -> str:
+    """Seconds by step and by pass of the emitted plan, and what the cache held, one line each."""
+    lines = [f"{seconds:8.1f} s  {step}" for step, seconds in manifest["seconds"].items()]
+    lines += [f"{seconds:8.1f} s  pass {name}" for name, seconds in manifest["passes"].items()]
+    hits = manifest["cache_hits"]
+    return "\n".join([*lines, f"from the cache: {', '.join(hits) or 'nothing'}"]) + "\n"
 
 
 @contextmanager

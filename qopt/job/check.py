@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
 
 import numpy as np
-import onnx
 import torch
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from numpy.typing import NDArray
 
 from qopt.attacks import accuracy_vector
 from qopt.data import Data
-from qopt.errors import CorruptModelError, QoptError, UsageError
+from qopt.errors import QoptError, UsageError
 from qopt.lipschitz import reshaped_l2
 from qopt.measure.network import ArtefactClassifier, Normalisation
 from qopt.plan import Plan
 from qopt.report.model import LayerRow, Report
-from qopt.runtime.external import DATA, MODEL
+from qopt.runtime.external import MODEL
 from qopt.runtime.kernels import session_and_kernels
-from qopt.runtime.session import Runner, open_session
+from qopt.runtime.session import Runner
+from qopt.runtime.shipped import shipped_formats, shipped_weights
 from qopt.statistics import accuracy_interval
 
 CLOSE: Final = 1e-4
@@ -61,7 +59,7 @@ def check_folder(folder: Path, data: Data | None = None, *, sample: int = SAMPLE
     for name, step in steps:
         try:
             rows.append(step())
-        except (QoptError, onnx.checker.ValidationError, OSError, ValueError) as error:
+        except (QoptError, OSError, ValueError) as error:
             rows.append(Checked(name, False, " ".join(str(error).split())))
     return rows
 
@@ -106,8 +104,7 @@ def _hashes(folder: Path, manifest: Mapping[str, Any]) -> Checked:
 def _plan(folder: Path, report: Report) -> Checked:
     plan = Plan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
     formats = plan.weight_specs([row.name for row in report.layers])
-    model = _loaded(folder / MODEL)
-    shipped = {layer: _property(node, "qopt.format") for layer, node in _layer_nodes(model)}
+    shipped = shipped_formats(folder / MODEL)
     wrong = [
         f"{row.name}: plan {formats[row.name]}, report {row.format}, file {shipped.get(row.name)}"
         for row in report.layers
@@ -129,7 +126,7 @@ def _kernels(folder: Path, report: Report) -> Checked:
 def _norms(folder: Path, report: Report) -> Checked:
     """The spectral norm of every weight as the file computes it, against the report's ``norm_wq``."""
     rows = {row.name: row for row in report.layers}
-    weights = dict(shipped_weights(folder / MODEL, rows))
+    weights = dict(shipped_weights(folder / MODEL, {name: row.shape for name, row in rows.items()}))
     wrong = []
     for name, (weight, groups) in weights.items():
         norm = reshaped_l2(torch.from_numpy(weight.astype(np.float64)), _axis(rows[name]), groups, where=name).upper
@@ -140,80 +137,6 @@ def _norms(folder: Path, report: Report) -> Checked:
             "norms", None, "weights that stay packed at run time, or lie in another file, are not recomputed"
         )
     return Checked("norms", not wrong, "; ".join(wrong) or f"||W_q|| of {len(weights)} layers is as reported")
-
-
-def shipped_weights(path: Path, rows: Mapping[str, LayerRow]) -> Iterator[tuple[str, tuple[NDArray[np.float32], int]]]:
-    """Layer to its weight as the file unpacks it, with the groups of its convolution.
-
-    Layers whose node takes no weight of the layer's shape, as those that stay packed at run time, are left out.
-    """
-    if (path.parent / DATA).exists():
-        return
-    model = _loaded(path)
-    made = {name: node for node in model.graph.node for name in node.output}
-    constant = {initializer.name for initializer in model.graph.initializer}
-    for layer, node in _layer_nodes(model):
-        row = rows.get(layer)
-        for name in node.input:
-            needed = _needed(name, made, constant)
-            if row is None or needed is None:
-                continue
-            weight = _computed(model, name, needed)
-            if list(weight.shape) == row.shape and weight.dtype == np.float32:
-                groups = next((a.i for a in node.attribute if a.name == "group"), 1)
-                yield layer, (weight, groups)
-                break
-
-
-def _needed(name: str, made: Mapping[str, onnx.NodeProto], constant: set[str]) -> list[onnx.NodeProto] | None:
-    """The nodes that a constant value follows from, in any order; None where it depends on an input."""
-    nodes, left, seen = list[onnx.NodeProto](), [name], set[str]()
-    while left:
-        value = left.pop()
-        if not value or value in constant or value in seen:
-            continue
-        seen.add(value)
-        if value not in made:
-            return None
-        nodes.append(made[value])
-        left += made[value].input
-    return nodes
-
-
-def _computed(model: onnx.ModelProto, name: str, nodes: list[onnx.NodeProto]) -> NDArray[Any]:
-    """A constant value, computed by ONNX Runtime."""
-    names = {value for node in nodes for value in node.input} | {name}
-    wanted = {id(node) for node in nodes}
-    ordered = [node for node in model.graph.node if id(node) in wanted]
-    initializers = [initializer for initializer in model.graph.initializer if initializer.name in names]
-    if not ordered:
-        return onnx.numpy_helper.to_array(initializers[0])
-    kind = onnx.TensorProto.FLOAT
-    graph = onnx.helper.make_graph(
-        ordered, "weight", [], [onnx.helper.make_tensor_value_info(name, kind, None)], initializers
-    )
-    part = onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    session = open_session(part.SerializeToString())
-    return np.asarray(session.run([name], {})[0])
-
-
-def _loaded(path: Path) -> onnx.ModelProto:
-    """The graph of a file, without the data beside it."""
-    try:
-        return onnx.load(path, load_external_data=False)
-    except DecodeError as error:
-        raise CorruptModelError("not an ONNX file", where=str(path), got=str(error)) from error
-
-
-def _layer_nodes(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.NodeProto]]:
-    for node in model.graph.node:
-        layer = _property(node, "qopt.layer")
-        if layer is not None:
-            yield layer, node
-
-
-def _property(node: onnx.NodeProto, key: str) -> str | None:
-    return next((entry.value for entry in node.metadata_props if entry.key == key), None)
 
 
 def _axis(row: LayerRow) -> int:

@@ -19,6 +19,7 @@ from qopt.job.run import Run
 from qopt.job.select import Entry, select
 from qopt.job.sensitivity import adversarial_noise
 from qopt.job.sensitivity import described as sensitivity_of
+from qopt.job.sharing import Sharing, shared
 from qopt.job.space import build_space, capable
 from qopt.limits import Limit
 from qopt.lipschitz import NormBound
@@ -58,10 +59,11 @@ class Choice:
     limits: tuple[LimitRow, ...] = ()
 
 
-def choose(run: Run, journal: Journal | None = None) -> Choice:
+def choose(run: Run, journal: Journal | None = None, sharing: Sharing | None = None) -> Choice:
     """Search and select, or apply the plan that the user gave.
 
-    ``journal`` gets every plan that the search measures, gives back those that it holds, and is told the best plan.
+    ``journal`` gets every plan that is measured, gives back those that it holds, and is told the best plan; ``sharing``
+    lets other machines measure plans of the search.
 
     Raises:
         InfeasibleError: no plan keeps the limits.
@@ -80,7 +82,8 @@ def choose(run: Run, journal: Journal | None = None) -> Choice:
     space = build_space(run, candidates, measured=strategy.uses_sensitivity)
     filtered = _filter(run, space) if strategy.uses_sensitivity else Filtered(space, 1.0, ())
     run.progress(f"search: {strategy.name}")
-    outcomes = _searched(run, strategy, filtered.space, journal)
+    with shared(sharing):
+        outcomes = _searched(run, strategy, filtered.space, journal, sharing)
     entries, outcome = _plans(run, strategy, space, filtered, outcomes), outcomes[0]
     journal.propose(entries[0].plan)
     applied, evaluated = _decide(run, entries, journal)
@@ -115,11 +118,13 @@ def _strategy(run: Run) -> AnyStrategy:
     return replace(strategy, noise=adversarial_noise(run)) if isinstance(strategy, QuanosSearch) else strategy
 
 
-def _searched(run: Run, strategy: AnyStrategy, space: Space, journal: Journal) -> list[Outcome]:
+def _searched(
+    run: Run, strategy: AnyStrategy, space: Space, journal: Journal, sharing: Sharing | None
+) -> list[Outcome]:
     """What the strategy found, best first."""
     if not isinstance(strategy, MeasuredStrategy):
         return [strategy(space)]
-    evaluate = Evaluator(run, _base(run), journal)
+    evaluate = Evaluator(run, _base(run), journal, sharing)
     measure = Measure(evaluate, run.options.evaluations, run.seed("search", strategy.name))
     return list(strategy.search(space, measure))
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
-from functools import cached_property
-from typing import Any, final
+from typing import final
 
 import numpy as np
 
-from qopt.cache import digest_arrays
 from qopt.job.journal import Journal
-from qopt.job.judge import Judge
-from qopt.job.run import PROBE_STEPS, Run
+from qopt.job.run import Run
 from qopt.job.select import Variant, variants
-from qopt.measure.network import TwinClassifier
+from qopt.job.shards import Bench
+from qopt.job.sharing import Crew, Sharing
 from qopt.plan import Plan
 from qopt.search.evaluation import Evaluation, Specs
 
@@ -25,67 +23,73 @@ class Evaluator:
     """Measures plans of one run, as `qopt.search.evaluation.Evaluate`.
 
     A plan is rounded in one way, the best that the options' effort affords (`rounding_of`), and judged as `select`
-    judges it before plans are held against each other. What the journal or the cache holds is not computed again.
+    judges it before plans are held against each other. What the journal, the cache or, in a shared run, the storage
+    holds is not computed again.
 
     Args:
         run: a run with images.
         base: what all plans have in common.
         journal: gets every plan.
+        sharing: where other machines take part; None measures here alone.
     """
 
-    def __init__(self, run: Run, base: Plan, journal: Journal) -> None:
+    def __init__(self, run: Run, base: Plan, journal: Journal, sharing: Sharing | None = None) -> None:
         variant = rounding_of(run)
-        self._run, self._journal = run, journal
+        self._run, self._journal, self._bench = run, journal, Bench(run)
         self._base = base.with_changes(rounding=variant.rounding, bias_correction=variant.bias_correction)
+        self._crew = sharing and Crew(sharing.begin(run, self._bench), self._bench, self._said)
         self._count = 0
 
     def __call__(self, plans: Sequence[Specs]) -> list[Evaluation]:
-        """Make the plans real and measure them, one after the other."""
-        return [self._one(specs) for specs in plans]
+        """Make the plans real and measure them: one after the other, or all at once by those who share the run."""
+        made = [self._plan(specs) for specs in plans]
+        if self._crew is not None:
+            rows = [(f"plan {self._count + place}", plan) for place, plan in enumerate(made, 1)]
+            self._crew.announce([row for row in rows if self._known(row[1]) is None])
+        return [self._one(plan) for plan in made]
 
-    def _one(self, specs: Specs) -> Evaluation:
-        weights = {layer.name: str(specs[layer.name]) for layer in self._run.prepared.layers}
-        plan = self._base.with_changes(weights=weights)
+    def _plan(self, specs: Specs) -> Plan:
+        return self._base.with_changes(
+            weights={layer.name: str(specs[layer.name]) for layer in self._run.prepared.layers}
+        )
+
+    def _one(self, plan: Plan) -> Evaluation:
         self._count += 1
         known = self._journal.measured(plan)
         if known is not None:
             return known
         self._run.progress(f"measured search: plan {self._count}")
-        found = self._cached(plan)
+        found = self._cached(plan, self._measured)
         self._journal.append(plan, found)
         return found
 
-    def _cached(self, plan: Plan) -> Evaluation:
+    def _known(self, plan: Plan) -> Evaluation | None:
+        """What the journal or the cache holds of a plan."""
+        try:
+            return self._journal.measured(plan) or self._cached(plan, _missing)
+        except LookupError:
+            return None
+
+    def _cached(self, plan: Plan, measure: Callable[[Plan], Evaluation]) -> Evaluation:
         def compute() -> dict[str, np.ndarray]:
-            found = self._measured(plan)
+            found = measure(plan)
             return {"values": np.array([math.nan if value is None else value for value in astuple(found)])}
 
-        key = {**self._conditions, "plan": plan.digest}
+        key = {**self._bench.conditions, "plan": plan.digest}
         clean, robust, bits, size = self._run.cache.arrays("evaluations", key, compute)["values"].tolist()
         return Evaluation(clean, None if math.isnan(robust) else robust, bits, int(size))
 
     def _measured(self, plan: Plan) -> Evaluation:
-        applied = self._run.quantizer.apply(plan)
-        twin = TwinClassifier(applied.graph, self._run.normalisation, self._run.prepared.batch)
-        return self._judge.evaluation(self._run, applied, twin, self._judge.examples(twin))
+        if self._crew is not None:
+            return self._crew.evaluation(plan)
+        return self._bench.evaluation([self._bench.measure(plan, shard) for shard in self._bench.shards])
 
-    @cached_property
-    def _judge(self) -> Judge:
-        return Judge.of(self._run)
+    def _said(self, words: str) -> None:
+        self._run.progress(f"measured search: {words}")
 
-    @cached_property
-    def _conditions(self) -> Mapping[str, Any]:
-        """What measurements depend on beside the plan."""
-        run = self._run
-        assert run.data is not None
-        few = run.data.select.first(run.probe_images)
-        calibration = run.quantizer.calibration
-        return {
-            "model": run.prepared.digest, "images": digest_arrays(few.images, few.labels),
-            "calibration": "" if calibration is None else digest_arrays(calibration.numpy()),
-            "threat": [run.threat.norm, run.threat.eps] if run.options.robust else [], "steps": PROBE_STEPS,
-            "seed": run.options.seed, "normalisation": [run.options.mean, run.options.std],
-        }  # fmt: skip
+
+def _missing(plan: Plan) -> Evaluation:
+    raise LookupError(plan.digest)
 
 
 def rounding_of(run: Run) -> Variant:

@@ -31,6 +31,7 @@ from qopt.job.journal import Journal
 from qopt.job.report import build_report, layer_metadata
 from qopt.job.rows import Table
 from qopt.job.run import Progress, Run
+from qopt.job.sharing import Sharing
 from qopt.job.sources import c_sources, check_forms
 from qopt.job.sweep import sweep
 from qopt.job.verify import verify
@@ -69,10 +70,16 @@ class Task:
     emit: tuple[str, ...] = ()
 
 
-def optimize_model(task: Task, cache: Cache, progress: Progress, journal: Journal | None = None) -> Bundle:
+def optimize_model(
+    task: Task,
+    cache: Cache,
+    progress: Progress,
+    journal: Journal | None = None,
+    sharing: Sharing | None = None,
+) -> Bundle:
     """Run the main job; ``cache`` keeps expensive evaluations by content, ``progress`` is told each step.
 
-    ``journal`` gets every plan that the search measures, and is asked first.
+    ``journal`` gets every plan that is measured, and is asked first; ``sharing`` lets other machines take part.
 
     Raises:
         QoptError: as its steps do; nothing but the journal is written here.
@@ -82,7 +89,7 @@ def optimize_model(task: Task, cache: Cache, progress: Progress, journal: Journa
     clock, journal = Clock(progress), journal or Journal()
     run = start(task, cache, clock)
     journal.open(_identity(run))
-    choice = choose(run, journal)
+    choice = choose(run, journal, sharing)
     if tries_equalisation(task.options, task.plan is not None):
         clock("the same on the equalised network")
         on = replace(task, options=replace(task.options, equalisation="on"))

@@ -18,8 +18,9 @@ import qopt
 from qopt.cli import app
 from qopt.data import Data, Split
 from qopt.errors import UsageError
-from qopt.job.check import check_folder, shipped_weights
+from qopt.job.check import check_folder
 from qopt.report.model import Report
+from qopt.runtime.shipped import shipped_weights
 
 FEW: dict[str, Any] = {"calibration_images": 64, "probe_images": 32, "baselines": (), "effort": "fast"}
 
@@ -61,7 +62,7 @@ def test_what_was_written_holds(out: Path, written: Path, fashion: Data) -> None
 def test_the_weights_are_those_that_the_file_computes(out: Path) -> None:
     """Each has the shape of its layer, and no more levels than its bits allow a row."""
     report = Report.from_json((out / "report.json").read_text())
-    weights = dict(shipped_weights(out / "model.onnx", {row.name: row for row in report.layers}))
+    weights = dict(shipped_weights(out / "model.onnx", {row.name: row.shape for row in report.layers}))
     assert list(weights) == [row.name for row in report.layers]
     for row in report.layers:
         assert len(np.unique(weights[row.name][0][0])) <= 2**row.bits

@@ -25,7 +25,8 @@ def row(report: Report, name: str) -> Row:
 def test_files_of_the_output_folder(bundle: qopt.Bundle, tmp_path: Path) -> None:
     folder = bundle.write(tmp_path / "new" / "out")
     names = {path.name for path in folder.iterdir()}
-    assert names == {"model.onnx", "plan.json", "report.json", "report.md", "report.html", "manifest.json", "journal.jsonl"}
+    texts = {"plan.json", "report.json", "report.md", "report.html", "manifest.json", "journal.jsonl"}
+    assert names == {"model.onnx", *texts}
     manifest = json.loads((folder / "manifest.json").read_text())
     for name, digest in manifest["files"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
