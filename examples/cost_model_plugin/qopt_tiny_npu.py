@@ -1,8 +1,9 @@
 """A cost model for a made-up accelerator: what a plugin for real hardware looks like, in one file.
 
 The device multiplies 4-bit weights by 8-bit activations twice as fast as 8-bit weights, reads weights from 64 KB of
-its own memory, and knows linear formats with one scale per channel only. Nothing else runs on it: layers on float
-activations are not taken.
+its own memory, and knows linear formats with one scale per channel only. While a layer runs, its weights lie beside the
+activations in a scratchpad, which ``--limit "sram<=..."`` bounds at every step. Nothing else runs on it: layers on
+float activations are not taken.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qopt.hardware.cost_model import Constant, LayerDescription, Specs, Step, summed
+from qopt.hardware.cost_model import Constant, LayerDescription, Specs, Step, StepMemory, summed
 from qopt.hardware.quantities import units
 from qopt.limits import Limit
 from qopt.size import Stored
@@ -26,7 +27,7 @@ class TinyNpu:
 
     name: ClassVar[str] = "tiny-npu"
     prices: ClassVar[Mapping[str, str]] = units("latency", "energy", "flash")
-    totals: ClassVar[Mapping[str, str]] = units("latency", "energy", "flash")
+    totals: ClassVar[Mapping[str, str]] = units("latency", "energy", "flash", "sram")
     constants: ClassVar[Mapping[str, Constant]] = {
         "clock": Constant(100e6, "Hz", "published", SHEET),
         "multipliers": Constant(64, "MAC per cycle at 8 bits", "published", SHEET),
@@ -52,7 +53,19 @@ class TinyNpu:
         self, layers: Sequence[LayerDescription], specs: Specs, steps: Sequence[Step] = ()
     ) -> Mapping[str, float]:
         """The layers one after the other; additions and pools run beside them and take no time."""
-        return summed(self, layers, specs)
+        taken = {layer.name: self.weight_memory(layer, specs[layer.name]) for layer in layers}
+        rows = self.step_memory(layers, steps)
+        peak = max((row.base + sum(taken[name] for name in row.layers) for row in rows), default=0.0)
+        return {**summed(self, layers, specs), "sram": peak}
+
+    def weight_memory(self, layer: LayerDescription, spec: WeightSpec) -> float:
+        """Bytes of a layer's weights in the scratchpad; optional, as `step_memory` is."""
+        return float(Stored(layer.weights, layer.channels, spec).bytes)
+
+    def step_memory(self, layers: Sequence[LayerDescription], steps: Sequence[Step]) -> tuple[StepMemory, ...]:
+        """At every step the live activations, and the weights of the layer that it is."""
+        known = {layer.name for layer in layers}
+        return tuple(StepMemory(s.name, float(s.bytes), tuple({s.layer} & known)) for s in steps)
 
     def limits(self) -> tuple[Limit, ...]:
         """Weights must fit its memory."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qopt_tiny_npu import TinyNpu
 
-from qopt.hardware.cost_model import LayerDescription
+from qopt.hardware.cost_model import LayerDescription, Live, Step
 from qopt.spec import WeightSpec
 from qopt.testing import cost_model_contract
 
@@ -24,3 +24,13 @@ def test_by_hand() -> None:
 def test_float_activations_are_not_taken() -> None:
     layer = LayerDescription("l", "Conv", (8, 4, 3, 3), 8, 288, 64 * 1000)
     assert TinyNpu().capabilities(layer, [WeightSpec.parse("int8")]) == ()
+
+
+def test_memory_at_every_step() -> None:
+    steps = [
+        Step("n", "Conv", "l", 0, 0, 8, (Live("x", 100, 8), Live("y", 50, 8))),
+        Step("add", "Add", "", 0, 0, 8, ()),
+    ]
+    rows = TinyNpu().step_memory([LAYER], steps)
+    assert [(row.place, row.base, row.layers) for row in rows] == [("n", 150.0, ("l",)), ("add", 0.0, ())]
+    assert TinyNpu().network_cost([LAYER], {"l": WeightSpec.parse("int4")}, steps)["sram"] == 150 + 144 + 8 * 4

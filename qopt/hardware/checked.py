@@ -9,13 +9,14 @@ from typing import Any, TypeVar, final
 
 from qopt.cache import Cache
 from qopt.errors import PluginError, QoptError
-from qopt.hardware.cost_model import Constant, CostModel, LayerDescription, Specs, Step
+from qopt.hardware.cost_model import Constant, CostModel, LayerDescription, Specs, Step, StepMemory
 from qopt.hardware.quantities import ADDITIVE, WHOLE
 from qopt.limits import QUANTITIES, Limit
 from qopt.plugins import load
 from qopt.spec import WeightSpec
 
 GROUP = "qopt.cost_models"
+MEMORY = ("weight_memory", "step_memory")
 
 Answer = TypeVar("Answer")
 
@@ -40,6 +41,12 @@ class CheckedModel:
             raise PluginError("the cost model has no name", where=where, got=repr(self.name))
         _check_units(self._where("prices"), self.model.prices, ADDITIVE)
         _check_units(self._where("totals"), self.model.totals, WHOLE)
+        given = [name for name in MEMORY if hasattr(self.model, name)]
+        if given and (len(given) < len(MEMORY) or "sram" not in self.model.totals):
+            raise PluginError(
+                "memory at every step needs both methods and sram in totals", where=self._where("memory"),
+                expected=" and ".join(MEMORY), got=", ".join((*given, *self.model.totals)),
+            )  # fmt: skip
         constants = self.model.constants
         if not isinstance(constants, Mapping) or not all(isinstance(one, Constant) for one in constants.values()):
             raise PluginError("constants are no mapping to Constant", where=self._where("constants"))
@@ -86,6 +93,37 @@ class CheckedModel:
         """As the model has it; every quantity of `totals`, finite and not negative."""
         where = self._where("the whole network")
         return _costs(where, _asked(where, lambda: self.model.network_cost(layers, specs, steps)), self.model.totals)
+
+    @property
+    def knows_memory(self) -> bool:
+        """Whether the model says what weights take of memory at every step."""
+        return hasattr(self.model, MEMORY[0])
+
+    def weight_memory(self, layer: LayerDescription, spec: WeightSpec) -> float:
+        """As the model has it; finite and not negative, 0 of a model that does not know."""
+        if not self.knows_memory:
+            return 0.0
+        where, ask = self._where(f"{layer.name} in {spec}"), getattr(self.model, MEMORY[0])
+        return _number(where, "weight_memory", _asked(where, lambda: ask(layer, spec)))
+
+    def step_memory(self, layers: Sequence[LayerDescription], steps: Sequence[Step]) -> tuple[StepMemory, ...]:
+        """As the model has it, over layers that there are; empty of a model that does not know."""
+        if not self.knows_memory:
+            return ()
+        where, ask = self._where(MEMORY[1]), getattr(self.model, MEMORY[1])
+        found = _asked(where, lambda: ask(layers, steps))
+        if not isinstance(found, Sequence) or not all(isinstance(one, StepMemory) for one in found):
+            raise PluginError("memory is no sequence of StepMemory", where=where, got=_short(found))
+        known = {layer.name for layer in layers}
+        for one in found:
+            _number(f"{where}, {one.place}", "base", one.base)
+            unknown = [name for name in one.layers if name not in known]
+            if unknown or len(set(one.layers)) < len(one.layers):
+                got = f"{unknown[0]!r}" if unknown else "a layer twice"
+                raise PluginError(
+                    "a step names layers that are not its network's", where=f"{where}, {one.place}", got=got
+                )
+        return tuple(found)
 
     def limits(self) -> tuple[Limit, ...]:
         """As the model has it."""

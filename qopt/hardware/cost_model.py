@@ -134,6 +134,22 @@ class Step:
         return ceil((self.reads + self.writes) * container(self.bits) / 8)
 
 
+@final
+@dataclass(frozen=True)
+class StepMemory:
+    """What must be in memory at once at one step: a row of the solver, ``base + sum(weight_memory) <= limit``.
+
+    Attributes:
+        place: the step's name.
+        base: bytes whatever the formats are: the live activations.
+        layers: those whose weights are in the same memory at this step.
+    """
+
+    place: str
+    base: float
+    layers: tuple[str, ...] = ()
+
+
 Specs = Mapping[str, WeightSpec]
 """A plan's formats by layer."""
 
@@ -142,8 +158,13 @@ class CostModel(Protocol):
     """Prices formats. Additive prices go to the solver; `network_cost` has the last word on a whole plan.
 
     Implementations are built without arguments, compare and hash by what they are and can be pickled: frozen
-    dataclasses. All methods are pure: the same arguments give the same answer. A model may have one method besides,
-    ``calibrate(cache: qopt.cache.Cache) -> CostModel``, the same model with constants measured on this machine.
+    dataclasses. All methods are pure: the same arguments give the same answer. A model may have these methods besides:
+
+    - ``calibrate(cache: qopt.cache.Cache) -> CostModel``: the same model with constants measured on this machine.
+    - ``weight_memory(layer, spec) -> float`` and ``step_memory(layers, steps) -> Sequence[StepMemory]``, both or
+      neither, where weights share the memory that limits on ``sram`` bound, on-chip memory that they are loaded to:
+      bytes of one layer's weights while they are there, and when that is. Then ``network_cost`` gives ``sram`` as the
+      most of all steps, and the solver keeps the limit at every one.
     """
 
     @property

@@ -29,10 +29,18 @@ INT32_ADD: Final = Constant(0.1e-12, "J", "published", _HOROWITZ)
 FLOAT_MULTIPLY: Final = Constant(3.7e-12, "J", "published", _HOROWITZ)
 FLOAT_ADD: Final = Constant(0.9e-12, "J", "published", _HOROWITZ)
 INT8_SHIFT: Final = Constant(
-    0.024e-12, "J", "published", "ShiftAddNet, table of unit energies, 45 nm (quoted, not re-read in the paper)"
+    0.024e-12,
+    "J",
+    "assumed",
+    "ShiftAddNet's table of unit energies, 45 nm, quoted from memory, not re-read in the paper",
 )
-SRAM_BIT: Final = Constant(20e-12 / 64, "J", "published", f"{_HOROWITZ}: 20 pJ for 64 bits from a cache of 32 KB")
-DRAM_BIT: Final = Constant(1.3e-9 / 64, "J", "published", f"{_HOROWITZ}: 1.3 to 2.6 nJ for 64 bits; the lower end")
+SRAM_BIT: Final = Constant(
+    20e-12 / 64, "J", "assumed",
+    f"{_HOROWITZ}: 20 pJ for 64 bits from a cache of 32 KB, quoted from memory; the 10 pJ of 8 KB were confirmed",
+)  # fmt: skip
+DRAM_BIT: Final = Constant(
+    1.3e-9 / 64, "J", "assumed", f"{_HOROWITZ}: 1.3 to 2.6 nJ for 64 bits, quoted from memory; the lower end"
+)
 ELEMENT: Final[Mapping[int, Constant]] = {
     2: Constant(31.6e-6 / 500e6, "J", "published", _BITFUSION),
     4: Constant(67.9e-6 / 500e6, "J", "published", _BITFUSION),

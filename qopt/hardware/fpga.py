@@ -19,7 +19,7 @@ from qopt.spec import WeightSpec
 _KV260: Final = "AMD Kria K26 data sheet (DS987), Zynq UltraScale+ XCK26"
 
 SLICES: Final = Constant(1248, "DSP48E2", "published", _KV260)
-TABLES: Final = Constant(117120, "LUT", "published", _KV260)
+TABLES: Final = Constant(117120, "LUT", "assumed", f"{_KV260}, quoted from memory: no source at hand confirmed it")
 CLOCK: Final = Constant(300e6, "Hz", "assumed", "what designs of this size close at")
 INT8_PER_SLICE: Final = Constant(
     2, "MAC per cycle", "published", "Xilinx WP486: two int8 MACs in one DSP48E2, one operand shared"

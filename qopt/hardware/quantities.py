@@ -1,16 +1,14 @@
 """What costs are called and in which unit they are, in one place: models, limits and solver all mean the same.
 
-| quantity | unit | of |
-|---|---|---|
-| ``code_bits`` | bit | codes of the weights |
-| ``bytes`` | B | codes, scales and zero points in the ONNX file |
-| ``flash`` | B | program memory of a microcontroller |
-| ``latency`` | s | one image |
-| ``energy`` | J | one image |
-| ``bops`` | bit operations | one image |
-| ``bits``, ``stored_bits`` | bit per weight | whole networks only |
-| ``size`` | B | whole networks only: all weights, shared tables included |
-| ``sram`` | B | whole networks only: the most that is live at once |
+- ``code_bits``, bit: codes of the weights
+- ``bytes``, B: codes, scales and zero points in the ONNX file
+- ``flash``, B: program memory of a microcontroller
+- ``latency``, s: one image
+- ``energy``, J: one image
+- ``bops``, bit operations: one image
+- ``bits`` and ``stored_bits``, bit per weight: whole networks only
+- ``size``, B: whole networks only, all weights, shared tables included
+- ``sram``, B: whole networks only, the most that is live at once
 """
 
 from __future__ import annotations

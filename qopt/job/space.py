@@ -14,7 +14,7 @@ from qopt.job.probes import input_moments
 from qopt.job.run import Run
 from qopt.job.sensitivity import divergences, with_sensitivities
 from qopt.measure.norms import candidate_norms, layer_norms, weighted_errors
-from qopt.search.space import Candidate, LayerSpace, Space, column_of
+from qopt.search.space import Candidate, LayerSpace, Moment, Space, column_of
 from qopt.spec import WeightSpec
 
 
@@ -35,13 +35,13 @@ def build_space(run: Run, candidates: Mapping[str, tuple[WeightSpec, ...]], *, m
         layer_space(run, layer, candidates[layer.name], moments.pop(layer.name, None)) for layer in run.prepared.layers
     )
     layers = with_sensitivities(run, layers, table) if measured else layers
-    fixed = fixed_costs(run, candidates)
+    fixed, steps = fixed_costs(run, candidates), moments_of(run)
     if lipschitz_limit(run) is None or not any(candidates.values()):
-        return Space(layers, run.target.limits, fixed=fixed)
+        return Space(layers, run.target.limits, fixed=fixed, moments=steps)
     run.progress("operator norms of every candidate")
     graph = lipschitz_graph(run)
     layers = with_operator_norms(run, graph, layers)
-    return Space(layers, run.target.limits, potentials=graph.potentials, fixed=fixed)
+    return Space(layers, run.target.limits, potentials=graph.potentials, fixed=fixed, moments=steps)
 
 
 def capable(run: Run, formats: tuple[WeightSpec, ...]) -> dict[str, tuple[WeightSpec, ...]]:
@@ -72,13 +72,23 @@ def takes_rows(run: Run, layer: Layer, formats: Sequence[WeightSpec]) -> bool:
 
 
 def price(run: Run, layer: Layer, spec: WeightSpec) -> dict[str, float]:
-    """All that the cost models of the target ask for a layer in a format, by column."""
-    described = run.network.layer(layer.name)
-    return {
-        column_of(quantity, model.name): cost
+    """All that the cost models of the target ask for a layer in a format, by column; memory while it runs, too."""
+    described, found = run.network.layer(layer.name), dict[str, float]()
+    for model in run.cost_models:
+        costs = model.layer_cost(described, spec)
+        found |= {column_of(quantity, model.name): cost for quantity, cost in costs.items()}
+        if model.knows_memory:
+            found[column_of("sram", model.name)] = model.weight_memory(described, spec)
+    return found
+
+
+def moments_of(run: Run) -> tuple[Moment, ...]:
+    """The steps at which weights and activations share a memory that a limit bounds."""
+    return tuple(
+        Moment(step.place, column_of("sram", model.name), step.base, step.layers)
         for model in run.cost_models
-        for quantity, cost in model.layer_cost(described, spec).items()
-    }
+        for step in model.step_memory(run.network.layers, run.network.steps)
+    )
 
 
 def layer_space(run: Run, layer: Layer, formats: tuple[WeightSpec, ...], moment: Tensor | None) -> LayerSpace:

@@ -14,15 +14,18 @@ from typing import ClassVar, final
 
 from qopt.errors import InfeasibleError, UsageError
 from qopt.search import greedy
-from qopt.search.ceiling import Ceiling, build_ceiling, keeps
+from qopt.search.ceiling import Ceiling, build_ceiling
 from qopt.search.feasible import infeasible
 from qopt.search.items import Item, build_items, total
-from qopt.search.solver import minimise
+from qopt.search.solver import Solved, minimise
 from qopt.search.space import Outcome, Space
 from qopt.spec import WeightSpec
 
 PROVED = 1e-6
 """A gap up to which a plan is called optimal: tolerances of the solver add up to less."""
+
+STARTS = 6
+"""Greedy plans that are improved before the solver, which leaves out what only worse plans have."""
 
 
 @final
@@ -50,9 +53,7 @@ class ExactSearch:
         """Solve; raises InfeasibleError where no combination keeps the limits, saying which and what can be reached."""
         items = build_items(space)
         ceiling = build_ceiling(space, items)
-        quick = walked(items, ceiling)
-        size = total(items, quick) if quick else sum(float(item.sensitivities.max()) for item in items)
-        solved = minimise(items, ceiling, size, self.seconds)
+        solved, quick = proved(items, ceiling, self.seconds)
         picks = _better(items, solved.picks, quick)
         if picks is not None and solved.done and (gap := greedy.gap_of(total(items, picks), solved.bound)) <= PROVED:
             return greedy.outcome(space, items, picks, "optimal: no plan within the limits lowers the summed "
@@ -75,10 +76,14 @@ class ExactSearch:
         return greedy.outcome(space, items, best, note, gap)
 
 
-def walked(items: Sequence[Item], ceiling: Ceiling | None) -> list[int] | None:
-    """The better of the greedy walks within the limits, in milliseconds; None where neither keeps them."""
-    found = [picks for picks in (greedy.walk_up(items), greedy.walk_down(items)) if keeps(items, ceiling, picks)]
-    return min(found, key=lambda p: total(items, p), default=None)
+def proved(items: Sequence[Item], ceiling: Ceiling | None, seconds: float) -> tuple[Solved, list[int] | None]:
+    """What the solver finds beside a greedy plan, and that plan; None where no combination keeps the limits."""
+    try:
+        quick = greedy.best_plan(items, ceiling, greedy.prices(items), STARTS)
+    except InfeasibleError:
+        quick = None
+    size = total(items, quick) if quick else sum(float(item.sensitivities.max()) for item in items)
+    return minimise(items, ceiling, size, seconds, quick), quick
 
 
 def _better(items: Sequence[Item], *plans: list[int] | None) -> list[int] | None:

@@ -7,14 +7,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qopt.errors import InfeasibleError
 from qopt.limits import Limit
 from qopt.limits import readable as readable_cost
 from qopt.search.ceiling import Ceiling, build_ceiling, keeps
-from qopt.search.items import FULL, Item, build_items, total
+from qopt.search.items import FULL, Item, build_items
 from qopt.search.solver import gentlest_plan, minimise
-from qopt.search.space import LayerSpace, Space, costs
+from qopt.search.space import LayerSpace, Row, Space, costs
+
+CLOSE = 1e-6
+"""How close to the cheapest value the one that is named must be, as a share."""
 
 SECONDS = 10.0
 """How long a plan is looked for that keeps several limits at once; milliseconds suffice as a rule."""
@@ -53,11 +57,12 @@ def infeasible(space: Space) -> InfeasibleError:
 
     Where each can be kept alone, of one limit what can be reached within the others.
     """
-    for limit, column, budget in space.limited():
-        least = least_spent(space.layers, column)
-        if least > budget:
+    for limit, rows in _by_limit(space).items():
+        over = [row for row in rows if _least(space, row) > row.room]
+        if over:
+            worst = max(over, key=lambda row: row.base + _least(space, row))
             return InfeasibleError(
-                "no plan keeps the limit", where=str(limit), got=_reachable(space, limit, column, least),
+                "no plan keeps the limit", where=str(limit), got=_reachable(space, worst, _least(space, worst)),
                 fix="raise the limit or choose a target with lower-bit candidates",
             )  # fmt: skip
     return (
@@ -70,36 +75,83 @@ def infeasible(space: Space) -> InfeasibleError:
 
 
 def _together(space: Space) -> InfeasibleError | None:
-    """For limits on sums that can each be kept alone, but not at once: what can be reached of one within the others."""
-    limited = space.limited()
+    """For linear limits that can each be kept alone, but not at once: what can be reached of one within the others."""
+    rows = space.rows()
     try:
         items = build_items(space)
     except InfeasibleError as error:
         return error
-    for place, (limit, column, budget) in enumerate(limited if len(limited) > 1 else ()):
-        others = [
-            replace(item, costs=np.delete(item.costs, place, axis=1), sensitivities=item.costs[:, place])
-            for item in items
-        ]
-        picks = minimise(others, None, 1.0, SECONDS).picks
-        if picks is not None and budget > 0:
-            got = _reachable(space, limit, column, budget * total(others, picks))
-            within = ", ".join(dict.fromkeys(str(other) for i, (other, _, _) in enumerate(limited) if i != place))
-            return InfeasibleError(
-                "no plan keeps all limits at once", where=str(limit), got=f"{got}, within {within}", fix="raise a limit"
-            )
+    limits = _by_limit(space)
+    for limit in limits if len(limits) > 1 else ():
+        places = [place for place, row in enumerate(rows) if row.limit == limit]
+        found = _cheapest(items, rows, places)
+        if found is not None:
+            row, least = found
+            within = ", ".join(str(other) for other in limits if other != limit)
+            got = f"{_reachable(space, row, least)}, within {within}"
+            return InfeasibleError("no plan keeps all limits at once", where=str(limit), got=got, fix="raise a limit")
     return None
 
 
-def _reachable(space: Space, limit: Limit, column: str, least: float) -> str:
+def _by_limit(space: Space) -> dict[Limit, list[Row]]:
+    """The rows of every linear limit, in its order."""
+    rows = space.rows()
+    found = {limit: [row for row in rows if row.limit == limit] for limit in space.limits}
+    return {limit: some for limit, some in found.items() if some}
+
+
+def _cheapest(items: Sequence[Item], rows: Sequence[Row], places: Sequence[int]) -> tuple[Row, float] | None:
+    """The least that layers can spend in the fullest of some rows within all others; None where nothing keeps those.
+
+    Of one row by the solver, of several by bisection between plans that it finds.
+    """
+    others = [replace(item, costs=np.delete(item.costs, places, axis=1)) for item in items]
+    spent = [np.stack([item.costs[:, p] * rows[p].room for p in places], axis=1) for item in items]
+    if min(rows[p].room for p in places) <= 0:
+        return None
+    base = np.array([rows[p].base for p in places])
+    picks = minimise([replace(o, sensitivities=s.sum(axis=1)) for o, s in zip(others, spent, strict=True)], None, 1.0,
+                     SECONDS).picks  # fmt: skip
+    low = float(np.max(base + np.sum([s.min(axis=0) for s in spent], axis=0)))
+    best: tuple[float, list[int]] | None = None
+    while picks is not None:
+        peak = _peak(spent, base, picks)
+        best = min(best or (peak, picks), (peak, picks))
+        if len(places) == 1 or best[0] <= low * (1 + CLOSE):
+            break
+        middle = (low + best[0]) / 2
+        capped = [replace(o, costs=np.hstack([o.costs, s / np.maximum(middle - base, 1e-300)]))
+                  for o, s in zip(others, spent, strict=True)]  # fmt: skip
+        picks = a_plan(capped, None)
+        if picks is None:
+            low, picks = middle, best[1]
+    if best is None:
+        return None
+    sums = np.sum([s[p] for s, p in zip(spent, best[1], strict=True)], axis=0)
+    fullest = int(np.argmax(base + sums))
+    return rows[places[fullest]], float(sums[fullest])
+
+
+def _peak(spent: Sequence[NDArray[np.float64]], base: NDArray[np.float64], picks: Sequence[int]) -> float:
+    """The most that a plan takes in one of the rows."""
+    return float(np.max(base + np.sum([s[p] for s, p in zip(spent, picks, strict=True)], axis=0)))
+
+
+def _least(space: Space, row: Row) -> float:
+    """The least that layers can spend in a row."""
+    return least_spent((layer for layer in space.layers if row.counts(layer.layer)), row.column)
+
+
+def _reachable(space: Space, row: Row, least: float) -> str:
     """The cheapest value of a limited quantity that a plan can have."""
-    if column == "code_bits":
+    if row.column == "code_bits":
         return f"at least {least / space.weights:.4g} bits with these candidates"
-    if column == "bytes":
-        least = least + space.table_bytes
+    if row.column == "bytes":
+        least = least + row.base
         return f"at least {least:.0f} bytes, the tables of all candidate formats included, with these candidates"
-    found = readable_cost(limit.quantity, least + space.beside(column))
-    return f"at least {found} {column.removeprefix(limit.quantity).strip()} with these candidates"
+    quantity = row.limit.quantity
+    found = f"{readable_cost(quantity, least + row.base)} {row.column.removeprefix(quantity).strip()}"
+    return f"at least {found}{f' at node {row.place}' if row.place else ''} with these candidates"
 
 
 def least_spent(layers: Iterable[LayerSpace], column: str) -> float:

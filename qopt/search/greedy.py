@@ -13,7 +13,7 @@ budget for the walks and for the bound, and each plan and each change is held to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, final
@@ -22,9 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qopt.errors import InfeasibleError
-from qopt.search.ceiling import ROUNDING, Ceiling, build_ceiling, keeps, with_tangent
+from qopt.search.ceiling import Ceiling, build_ceiling, keeps, with_tangent
+from qopt.search.exchange import improve
 from qopt.search.feasible import a_plan
 from qopt.search.items import FULL, Item, build_items, spending, total
+from qopt.search.solver import relaxed_prices
 from qopt.search.space import Candidate, LayerSpace, Outcome, Space
 from qopt.spec import WeightSpec
 
@@ -32,6 +34,9 @@ Column = NDArray[np.float64]
 
 STRETCHES = (1.0, 1.1, 1.5)
 """By how much the tangent of a Lipschitz limit is taken for steeper: plans far from where it touches stretch more."""
+
+IMPROVED, LEAST_IMPROVED = 20_000, 12
+"""Starts of networks of so many choices in all are improved once, the best ones; of any network so many at least."""
 
 
 @final
@@ -61,8 +66,22 @@ def solve(items: Sequence[Item], ceiling: Ceiling | None) -> tuple[list[int], fl
     Raises:
         InfeasibleError: no combination keeps the limits.
     """
-    picks = min((improve(items, start, ceiling) for start in starts(items, ceiling)), key=lambda p: total(items, p))
-    return picks, lower_bound(items if ceiling is None else with_tangent(items, ceiling, picks))
+    worth, choices = prices(items), sum(len(item.specs) for item in items)
+    picks = best_plan(items, ceiling, worth, max(LEAST_IMPROVED, IMPROVED // choices))
+    if ceiling is None:
+        return picks, lower_bound(items, worth)
+    tight = with_tangent(items, ceiling, picks)
+    return picks, lower_bound(tight, prices(tight))
+
+
+def best_plan(items: Sequence[Item], ceiling: Ceiling | None, worth: Column, improved: int) -> list[int]:
+    """The best plan that the best few starts, so many, are improved to, with the prices of the budgets.
+
+    Raises:
+        InfeasibleError: no combination keeps the limits.
+    """
+    found = sorted(starts(items, ceiling, worth), key=lambda p: total(items, p))[:improved]
+    return min((improve(items, start, ceiling, worth) for start in found), key=lambda p: total(items, p))
 
 
 def gap_of(value: float, bound: float) -> float:
@@ -95,59 +114,122 @@ def _slope(weight: Column, sensitivity: Column, a: int, b: int) -> float:
     return float((sensitivity[a] - sensitivity[b]) / max(weight[b] - weight[a], 1e-300))
 
 
-def _steps(items: Sequence[Item], weights: Sequence[Column]) -> list[tuple[float, int, int, int]]:
-    """Every hull edge as (saving per weight, item, from, to), best first."""
-    edges = []
-    for index, (item, weight) in enumerate(zip(items, weights, strict=True)):
-        sensitivity = item.sensitivities
-        edges += [(_slope(weight, sensitivity, a, b), index, a, b) for a, b in pairwise(hull(weight, sensitivity))]
-    return sorted(edges, key=lambda e: (-e[0], e[1]))
+@final
+@dataclass(frozen=True, eq=False)
+class Hulls:
+    """The hulls of all items under one weight.
+
+    Attributes:
+        cheapest: of every item, the first choice of its hull; ``best``: the last.
+        index: of every edge of a hull its item, by falling saving per weight; ``source`` and ``target``: its choices.
+        saving: sensitivity saved per weight; ``steps``: what it adds to every budget (edges, budgets).
+    """
+
+    cheapest: list[int]
+    best: list[int]
+    index: NDArray[np.int64]
+    source: NDArray[np.int64]
+    target: NDArray[np.int64]
+    saving: Column
+    steps: Column
 
 
-def starts(items: Sequence[Item], ceiling: Ceiling | None = None) -> list[list[int]]:
+def build_hulls(items: Sequence[Item], weights: Sequence[Column] | None = None) -> Hulls:
+    """By the items' joined weight, or the given one of every item's choices."""
+    weights = [item.weight for item in items] if weights is None else weights
+    kept = [hull(weight, item.sensitivities) for item, weight in zip(items, weights, strict=True)]
+    edges = [
+        (_slope(weights[i], items[i].sensitivities, a, b), i, a, b)
+        for i, choices in enumerate(kept) for a, b in pairwise(choices)
+    ]  # fmt: skip
+    edges.sort(key=lambda edge: (-edge[0], edge[1]))
+    saving, index, source, target = zip(*edges, strict=True) if edges else ((), (), (), ())
+    rows = [items[i].costs[b] - items[i].costs[a] for _, i, a, b in edges]
+    return Hulls(
+        [choices[0] for choices in kept], [choices[-1] for choices in kept], np.array(index, np.int64),
+        np.array(source, np.int64), np.array(target, np.int64), np.array(saving, np.float64),
+        np.array(rows, np.float64).reshape(-1, items[0].costs.shape[1]),
+    )  # fmt: skip
+
+
+def starts(items: Sequence[Item], ceiling: Ceiling | None = None, worth: Column | None = None) -> list[list[int]]:
     """Plans within the limits to improve upon; raises InfeasibleError where no plan keeps the limits."""
     least = a_plan(items, ceiling)
     if least is None:
         raise InfeasibleError("no combination of formats keeps the limits")
-    found = _walks(items)
+    found = _walks(items, worth)
     if ceiling is not None:
         for stretch in STRETCHES:
-            found += _walks(with_tangent(items, ceiling, least, stretch))
-    kept = [least, *(picks for picks in found if keeps(items, ceiling, picks))]
-    return [list(picks) for picks in dict.fromkeys(map(tuple, kept))]
+            tight = with_tangent(items, ceiling, least, stretch)
+            found += _walks(tight, prices(tight))
+    kept = [least, *equal_widths(items), *found]
+    kept = [list(picks) for picks in dict.fromkeys(map(tuple, kept))]
+    return [picks for picks in kept if keeps(items, ceiling, picks)]
 
 
-def _walks(items: Sequence[Item]) -> list[list[int]]:
-    return [walk_up(items), *pinned_walks(items), walk_down(items), *equal_widths(items)]
+def _walks(items: Sequence[Item], worth: Column | None) -> list[list[int]]:
+    """By the joined weight, and by what the budgets are worth where there are several."""
+    weightings = [[item.weight for item in items]]
+    if worth is not None and len(worth) > 1:
+        weightings.append([item.costs @ worth for item in items])
+    found: list[list[int]] = []
+    for weights in weightings:
+        hulls = build_hulls(items, weights)
+        found += [walk_up(items, hulls), *pinned_walks(items, hulls), walk_down(items, hulls)]
+    return found
 
 
-def pinned_walks(items: Sequence[Item]) -> list[list[int]]:
+def pinned_walks(items: Sequence[Item], hulls: Hulls | None = None) -> list[list[int]]:
     """For every format of the item of largest cost, the walk up of all others beside it."""
+    hulls = hulls or build_hulls(items)
     index = max(range(len(items)), key=lambda i: float(items[i].weight.max()))
-    heavy = items[index]
+    others = np.flatnonzero(hulls.index != index)
     plans = []
-    for choice in range(len(heavy.specs)):
-        pinned = Item(heavy.layers, heavy.specs[choice:][:1], heavy.costs[[choice]], heavy.sensitivities[[choice]])
-        picks = walk_up([*items[:index], pinned, *items[index + 1 :]])
-        picks[index] = choice
-        plans.append(picks)
+    for choice in range(len(items[index].specs)):
+        cheapest = list(hulls.cheapest)
+        cheapest[index] = choice
+        plans.append(_climb(items, hulls, cheapest, others))
     return plans
 
 
-def walk_down(items: Sequence[Item]) -> list[int]:
+def walk_down(items: Sequence[Item], hulls: Hulls | None = None) -> list[int]:
     """Best choices, then down the hulls by the smallest loss per weight saved until the limits hold."""
-    weights = [item.weight for item in items]
-    picks = [hull(item.weight, item.sensitivities)[-1] for item in items]
-    spent = spending(items, picks)
-    for _, index, source, target in reversed(_steps(items, weights)):
-        if (spent <= FULL).all():
-            spent = spending(items, picks)  # what was added up step by step may be off in the last digits
-            if (spent <= FULL).all():
-                break
-        if picks[index] == target:
-            picks[index] = source
-            spent = spent - items[index].costs[target] + items[index].costs[source]
-    return picks
+    hulls = hulls or build_hulls(items)
+    picks = np.array(hulls.best)
+    spent = spending(items, hulls.best) - np.vstack([np.zeros(hulls.steps.shape[1]), hulls.steps[::-1].cumsum(axis=0)])
+    kept = (spent <= FULL).all(axis=1)
+    first = int(kept.argmax()) if kept.any() else len(kept) - 1
+    for taken in range(first, len(kept)):  # what was added up may be off in the last digits
+        edges = np.arange(len(kept) - 1 - taken, len(kept) - 1)[::-1]
+        picks[hulls.index[edges]] = hulls.source[edges]
+        if (spending(items, picks.tolist()) <= FULL).all():
+            break
+    return [int(p) for p in picks]
+
+
+def walk_up(items: Sequence[Item], hulls: Hulls | None = None) -> list[int]:
+    """Cheapest choices, then every hull step that still fits, in the order of saving per weight."""
+    hulls = hulls or build_hulls(items)
+    return _climb(items, hulls, list(hulls.cheapest), np.arange(len(hulls.index)))
+
+
+def _climb(items: Sequence[Item], hulls: Hulls, cheapest: list[int], edges: NDArray[np.int64]) -> list[int]:
+    """Take edges in their order while they fit; an item stays below the first of its edges that does not."""
+    picks, spent = np.array(cheapest), spending(items, cheapest)
+    while len(edges):
+        alone = (spent + hulls.steps[edges] <= FULL).all(axis=1)
+        blocked = np.full(len(items), len(edges))
+        np.minimum.at(blocked, hulls.index[edges[~alone]], np.flatnonzero(~alone))
+        edges = edges[np.arange(len(edges)) < blocked[hulls.index[edges]]]
+        ahead = spent + hulls.steps[edges].cumsum(axis=0)
+        fits = (ahead <= FULL).all(axis=1)
+        end = len(edges) if fits.all() else int(fits.argmin())
+        if end:
+            taken = edges[:end]
+            picks[hulls.index[taken]] = hulls.target[taken]
+            spent = ahead[end - 1]
+        edges = edges[end:]
+    return [int(p) for p in picks]
 
 
 def equal_widths(items: Sequence[Item]) -> list[list[int]]:
@@ -162,96 +244,48 @@ def equal_widths(items: Sequence[Item]) -> list[list[int]]:
     return plans
 
 
-def walk_up(items: Sequence[Item]) -> list[int]:
-    """Cheapest choices, then every hull step that still fits, in the order of saving per weight."""
-    weights = [item.weight for item in items]
-    picks = [hull(item.weight, item.sensitivities)[0] for item in items]
-    spent = spending(items, picks)
-    for _, index, source, target in _steps(items, weights):
-        if picks[index] != source:
-            continue
-        after = spent - items[index].costs[source] + items[index].costs[target]
-        if (after <= FULL).all():
-            picks[index], spent = target, after
-    return picks
+def lower_bound(items: Sequence[Item], worth: Column | None = None) -> float:
+    """No plan within the limits has a lower summed sensitivity.
+
+    With the prices ``worth`` of the budgets what `priced` gives, which at the prices of the linear relaxation is its
+    value; else the best of the relaxations under one budget each and under their sum.
+    """
+    if worth is not None and worth.any():
+        return priced(items, worth)
+    joined = _relaxation(items, [item.weight for item in items], float(items[0].costs.shape[1]))[0]
+    return max(joined, *(_relaxation(items, [item.costs[:, b] for item in items], 1.0)[0] for b in _scarce(items)))
 
 
-def lower_bound(items: Sequence[Item]) -> float:
-    """No plan within the limits has a lower summed sensitivity: the best of the linear relaxations under one budget
-    each and under their sum."""
-    budgets = items[0].costs.shape[1]
-    bounds = [_relaxation(items, [item.costs[:, b] for item in items], 1.0) for b in range(budgets)]
-    return max(*bounds, _relaxation(items, [item.weight for item in items], float(budgets)))
+def priced(items: Sequence[Item], worth: Column) -> float:
+    """The least sum of sensitivities and prices of what is spent, less the price of all budgets: a bound for any
+    prices of at least 0 (Fisher 1981)."""
+    least = sum(float((item.sensitivities + item.costs @ worth).min()) for item in items)
+    return least - FULL * float(worth.sum())
 
 
-def _relaxation(items: Sequence[Item], weights: Sequence[Column], room: float) -> float:
-    """The least summed sensitivity of mixtures of choices whose weights sum to at most ``room``."""
-    first = [hull(weight, item.sensitivities)[0] for item, weight in zip(items, weights, strict=True)]
-    value = total(items, first)
-    room = room * FULL - sum(float(weight[i]) for weight, i in zip(weights, first, strict=True))
-    for slope, index, source, target in _steps(items, weights):
-        if room <= 0:
-            break
-        taken = min(float(weights[index][target] - weights[index][source]), room)
-        value -= slope * taken
-        room -= taken
-    return value
+def prices(items: Sequence[Item]) -> Column:
+    """What a full budget is worth in sensitivity by the linear relaxation, at least 0 each; (budgets,)."""
+    if items[0].costs.shape[1] > 1:
+        return relaxed_prices(items)
+    return np.array([_relaxation(items, [item.costs[:, 0] for item in items], 1.0)[1]])
 
 
-def improve(items: Sequence[Item], picks: list[int], ceiling: Ceiling | None = None) -> list[int]:
-    """Best single change or exchange of two, until none helps."""
-    index = np.array([i for i, item in enumerate(items) for _ in item.specs])
-    choice = np.array([c for item in items for c in range(len(item.specs))])
-    cost = np.concatenate([item.costs for item in items])
-    sensitivity = np.concatenate([item.sensitivities for item in items])
-    starts = np.cumsum([0, *[len(item.specs) for item in items[:-1]]])
-    picks = list(picks)
-
-    def after(moves: Sequence[int]) -> list[int]:
-        changed = list(picks)
-        for move in moves:
-            changed[int(index[move])] = int(choice[move])
-        return changed
-
-    def allowed(moves: Sequence[int]) -> bool:
-        return ceiling is None or ceiling.keeps(after(moves))
-
-    while True:
-        current = starts + np.array(picks)
-        spare = FULL - cost[current].sum(axis=0)
-        gain = sensitivity[current][index] - sensitivity
-        extra = cost - cost[current][index]
-        if ceiling is not None:  # the tangent never rises more than the constant: what it forbids is forbidden
-            extra = np.column_stack([extra, np.concatenate(ceiling.rises(picks))])
-            spare = np.append(spare, ceiling.bound - ceiling.constant(picks) + ROUNDING)
-        moves = _best_moves(index, gain, extra, spare, allowed)
-        if not moves:
-            return picks
-        picks = after(moves)
+def _scarce(items: Sequence[Item]) -> list[int]:
+    """The budgets that not every plan keeps; the first one where all are kept."""
+    most = np.sum([item.costs.max(axis=0) for item in items], axis=0)
+    return np.flatnonzero(most > FULL).tolist() or [0]
 
 
-def _best_moves(
-    index: NDArray[np.int64], gain: Column, extra: Column, spare: Column, allowed: Callable[[Sequence[int]], bool]
-) -> list[int]:
-    tiny = 1e-12 * (1 + np.abs(gain).max())
-    best, moves = _best(np.where((extra <= spare).all(axis=1), gain, -np.inf), tiny, (), allowed)
-    for up in np.flatnonzero(gain > best):
-        both = np.where((index != index[up]) & (extra + extra[up] <= spare).all(axis=1), gain + gain[up], -np.inf)
-        best, found = _best(both, best, (int(up),), allowed)
-        moves = found or moves
-    return moves
-
-
-def _best(
-    gain: Column, least: float, first: tuple[int, ...], allowed: Callable[[Sequence[int]], bool]
-) -> tuple[float, list[int]]:
-    """The best allowed move after ``first`` that gains more than ``least``, with its gain; else ``least`` and none."""
-    while (value := float(gain.max())) > least:
-        moves = [*first, int(gain.argmax())]
-        if allowed(moves):
-            return value, moves
-        gain[moves[-1]] = -np.inf
-    return least, []
+def _relaxation(items: Sequence[Item], weights: Sequence[Column], room: float) -> tuple[float, float]:
+    """The least summed sensitivity of mixtures of choices whose weights sum to at most ``room``, and the saving per
+    weight where the room ends, 0 where it does not."""
+    hulls = build_hulls(items, weights)
+    value, steps = total(items, hulls.cheapest), zip(hulls.index, hulls.source, hulls.target, strict=True)
+    sizes = np.array([weights[i][b] - weights[i][a] for i, a, b in steps])
+    room = room * FULL - sum(float(weight[i]) for weight, i in zip(weights, hulls.cheapest, strict=True))
+    taken = np.clip(room - (np.cumsum(sizes) - sizes), 0.0, sizes)
+    ends = np.flatnonzero(taken < sizes)
+    return value - float(hulls.saving @ taken), float(hulls.saving[ends[0]]) if len(ends) else 0.0
 
 
 def _reason(layer: LayerSpace, chosen: Candidate) -> str:

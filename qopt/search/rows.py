@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from qopt.errors import InfeasibleError, PlanError
 from qopt.search.greedy import lower_bound, walk_down, walk_up
-from qopt.search.items import Item, build_items, keeps_limits, total
+from qopt.search.items import Item, build_items, keeps_limits, share, total
 from qopt.search.space import Outcome, Space
 from qopt.size import order_width
 from qopt.spec import WeightSpec
@@ -84,8 +84,11 @@ def _rows(space: Space, layer: tuple[str, ...], choices: RowChoices) -> list[Ite
     """One item per row, or one for all: costs as shares of the budgets, order of the rows and padding included."""
     channels = choices.divergences.shape[1]
     extra = {"bytes": 0.0 if choices.whole else order_width(channels) + PADDING * len(choices.specs) / channels}
-    budgets = space.budgets()
-    shares = [(choices.costs[column] + extra.get(column, 0.0)) / max(budget, 1e-300) for column, budget in budgets]
+    none = np.zeros(len(choices.specs))
+    shares = [
+        share(choices.costs[row.column] + extra.get(row.column, 0.0), row.room) if row.counts(layer[0]) else none
+        for row in space.rows()
+    ]  # fmt: skip
     price = np.stack(shares, axis=1) if shares else np.zeros((len(choices.specs), 1))
     if choices.whole:
         return [Item(layer, choices.specs, channels * price, choices.divergences.sum(axis=1))]

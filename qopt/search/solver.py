@@ -23,7 +23,7 @@ from scipy.sparse import csr_matrix, vstack
 
 from qopt.quiet import stdout_to_stderr
 from qopt.search.ceiling import Ceiling, keeps
-from qopt.search.items import FULL, Item, total
+from qopt.search.items import BEYOND, FULL, Item, total
 from qopt.search.potentials import entropy
 
 SCALE: Final = 1e4
@@ -32,14 +32,19 @@ SCALE: Final = 1e4
 TARGET: Final = 1e3
 """Size of the objective in the program, whose tolerance of 1e-6 is absolute too."""
 
-BEYOND: Final = 2.0
-"""Shares of a budget that no plan can hold, whatever their size: a budget of nothing makes them huge."""
-
 SLACK: Final = 2e-4
 """By what part of the relaxation's value the best plan is looked for above it at first."""
 
 GROWTH: Final = 5.0
 """How many times wider it is looked for where that was in vain."""
+
+NEAR: Final = 1e-7
+"""By what part more than the distance of a known plan is looked: tolerances of the relaxation are less."""
+
+CLOSE: Final = 4e-3
+"""A known plan within this part above the relaxation, or any where choices are so few, is looked below at once."""
+
+SMALL: Final = 2000
 
 CORE: Final = 0.7
 """A share of the choices from which on leaving the others out saves nothing."""
@@ -66,7 +71,9 @@ class Solved:
     rounds: int
 
 
-def minimise(items: Sequence[Item], ceiling: Ceiling | None, size: float, seconds: float) -> Solved:
+def minimise(
+    items: Sequence[Item], ceiling: Ceiling | None, size: float, seconds: float, known: Sequence[int] | None = None
+) -> Solved:
     """The plan of least summed sensitivity within the limits.
 
     Args:
@@ -74,14 +81,16 @@ def minimise(items: Sequence[Item], ceiling: Ceiling | None, size: float, second
         ceiling: the Lipschitz limit, or None.
         size: about how large the sum will be; only a scale.
         seconds: when to stop with what is there.
+        known: a plan within the limits: choices that only worse plans have are left out.
     """
     scale = TARGET / abs(size) if size else 1.0
     program = _Program(items, ceiling)
     program.objective[: program.choices] = scale * np.concatenate([item.sensitivities for item in items])
     best: list[int] | None = None
+    worst = math.inf if known is None else scale * total(items, known)
     bound, rounds, ends = -math.inf, 0, time.monotonic() + seconds
     while True:
-        found = program.solve(ends - time.monotonic())
+        found = program.solve(ends - time.monotonic(), worst)
         rounds += 1
         if found.status == IMPOSSIBLE:
             return Solved(best, math.inf if best is None else total(items, best), True, rounds)
@@ -112,6 +121,26 @@ def gentlest_plan(items: Sequence[Item], ceiling: Ceiling, seconds: float) -> So
         if found.status != DONE or found.picks is None or bound > ceiling.bound + 1e-6:
             return Solved(None, bound, bound > ceiling.bound, rounds)
         program.forbid(found.picks)
+
+
+def relaxed_prices(items: Sequence[Item], seconds: float = 10.0) -> NDArray[np.float64]:
+    """What a full budget is worth in the linear relaxation, by its dual, at least 0: (budgets,); zeros out of time."""
+    size = float(np.sum([item.sensitivities.max() for item in items])) or 1.0
+    program = _Program(items, None)
+    program.objective[:] = TARGET / size * np.concatenate([item.sensitivities for item in items])
+    relaxed = program.relax(*program.bounds(), seconds)
+    found = np.zeros(items[0].costs.shape[1])
+    return found if relaxed is None else SCALE * size / TARGET * relaxed.prices
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Relaxed:
+    """The linear relaxation: its value, every choice's reduced cost, every row's price in the unit of the program."""
+
+    value: float
+    reduced: NDArray[np.float64]
+    prices: NDArray[np.float64]
 
 
 @final
@@ -159,7 +188,7 @@ class _Program:
         self.choices = int(self._starts[-1])
         self._variables = self.choices + (len(ceiling.potentials.nodes) - 1 if ceiling else 0)
         self.objective = np.zeros(self._variables)
-        self._rows = _Rows()
+        self._rows, self._budgets = _Rows(), items[0].costs.shape[1]
         for start, item in zip(self._starts, items, strict=False):
             count = len(item.specs)
             self._rows.add_many(np.arange(start, start + count), np.ones(count), 1.0, 1.0)
@@ -174,22 +203,26 @@ class _Program:
                     self._cut(node, {edge: 1.0}, 0.0)
             self._touch(ceiling.least)
 
-    def solve(self, seconds: float) -> _Answer:
+    def solve(self, seconds: float, worst: float = math.inf) -> _Answer:
         """Solve what is there; the time may be up before it began.
 
         First over the core: the choices whose reduced cost in the linear relaxation is below a slack. A plan with any
         other is above the relaxation by more than the slack, so a plan within it is the best of all. Where there is
-        none, the slack grows to the best that was found (Pisinger 1995).
+        none, the slack grows to the best that was found, or to the ``worst`` objective that a plan is known to reach
+        (Pisinger 1995).
         """
-        low, high = self._bounds()
+        low, high = self.bounds()
         if (low > high).any():
             return _Answer(IMPOSSIBLE, None, math.inf)
         ends = time.monotonic() + seconds
-        relaxed = self._relaxation(low, high, seconds)
+        relaxed = self.relax(low, high, seconds)
         if relaxed is None:
             return self._integers(low, high, ends)
-        least, reduced = relaxed
-        room = SLACK * max(abs(least), 1.0)
+        least, reduced = relaxed.value, relaxed.reduced
+        size = max(abs(least), 1.0)
+        enough = max((worst - least) * (1 + NEAR), 0.0) + NEAR * size
+        at_once = enough <= CLOSE * size or (math.isfinite(enough) and self.choices <= SMALL)
+        room = enough if at_once else SLACK * size
         while (core := reduced <= room).mean() <= CORE:
             chosen = np.append(core, np.ones(self._variables - self.choices, bool))
             found = self._integers(low, np.where(chosen, high, 0.0), ends)
@@ -197,10 +230,11 @@ class _Program:
                 return found
             if found.status == LIMITED:
                 return _Answer(found.status, found.picks, min(found.bound, least + room))
-            room = min(max(1.0001 * (found.value - least), 1.01 * room), GROWTH * room)
+            wider = min(max(1.0001 * (found.value - least), 1.01 * room), GROWTH * room)
+            room = min(wider, enough) if room < enough else wider
         return self._integers(low, high, ends)
 
-    def _bounds(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def bounds(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         low, high = np.zeros(self._variables), np.ones(self._variables)
         if self._ceiling is not None:
             low[self.choices :] = self._ceiling.potentials.values(self._ceiling.least)[1:]
@@ -208,10 +242,8 @@ class _Program:
             high[-1] = self._ceiling.bound if self._capped else high[-1]
         return low, high
 
-    def _relaxation(
-        self, low: NDArray[np.float64], high: NDArray[np.float64], seconds: float
-    ) -> tuple[float, NDArray[np.float64]] | None:
-        """The least objective of mixtures of choices, and every choice's reduced cost; None where it is not found."""
+    def relax(self, low: NDArray[np.float64], high: NDArray[np.float64], seconds: float) -> _Relaxed | None:
+        """The least objective of mixtures of choices; None where it is not found."""
         if seconds <= 0:
             return None
         matrix, floor, roof = self._rows.arrays(self._variables)
@@ -223,7 +255,10 @@ class _Program:
                 matrix[equal], roof[equal], np.column_stack([low, free]), method="highs",
                 options={"time_limit": seconds},
             )  # fmt: skip
-        return (float(found.fun), found.lower.marginals[: self.choices]) if found.status == 0 else None
+        if found.status != 0:
+            return None
+        prices = np.maximum(-found.ineqlin.marginals[: self._budgets], 0.0)
+        return _Relaxed(float(found.fun), found.lower.marginals[: self.choices], prices)
 
     def _integers(self, low: NDArray[np.float64], high: NDArray[np.float64], ends: float) -> _Answer:
         """Between these bounds; without presolve where that fails, as it does now and then."""

@@ -66,14 +66,55 @@ class LayerSpace:
 
 @final
 @dataclass(frozen=True)
+class Moment:
+    """What is taken at once at one step of the network's execution, of a quantity that is no sum over all layers.
+
+    Attributes:
+        place: the step's name, as users know it.
+        column: ``QUANTITY on MODEL``; of `Candidate.costs`, what a format takes while it counts.
+        base: what the step takes whatever the formats are: live activations.
+        layers: those whose formats count at this step: at most all.
+    """
+
+    place: str
+    column: str
+    base: float = 0.0
+    layers: tuple[str, ...] = ()
+
+
+@final
+@dataclass(frozen=True)
+class Row:
+    """One linear limit: the costs in ``column``, summed over ``layers`` (None: all), are at most ``room``.
+
+    ``place`` is the step at which it holds, empty for a sum over the network; ``base`` is what is spent beside the
+    layers, so that ``base + room`` is the limit's bound.
+    """
+
+    limit: Limit
+    column: str
+    room: float
+    base: float = 0.0
+    layers: frozenset[str] | None = None
+    place: str = ""
+
+    def counts(self, layer: str) -> bool:
+        """Whether the layer's format spends of it."""
+        return self.layers is None or layer in self.layers
+
+
+@final
+@dataclass(frozen=True)
 class Space:
     """All layers, the limits a plan must keep and the groups of layers that must share a format.
 
     ``potentials`` say how the network's Lipschitz constant follows from its layers, where a limit asks for it.
     ``fixed`` is what a plan spends of a column whatever its formats: steps without weights, the program itself.
+    ``moments`` are the steps at which a limit on memory at once holds.
 
     Raises:
-        PlanError: a tie names an unknown layer, or one that is in another tie; the potentials name an unknown layer.
+        PlanError: a tie names an unknown layer, or one that is in another tie; the potentials or a moment name an
+            unknown layer.
     """
 
     layers: tuple[LayerSpace, ...]
@@ -81,12 +122,15 @@ class Space:
     ties: tuple[tuple[str, ...], ...] = ()
     potentials: Potentials | None = None
     fixed: Mapping[str, float] = field(default_factory=dict)
+    moments: tuple[Moment, ...] = ()
 
     def __post_init__(self) -> None:
         known = [layer.layer for layer in self.layers]
         for name in () if self.potentials is None else self.potentials.layers:
             if name not in known:
                 raise PlanError("the potentials name an unknown layer", where=name, fix=nearest(name, known))
+        for name in {name for moment in self.moments for name in moment.layers}.difference(known):
+            raise PlanError("a step of the execution names an unknown layer", where=name, fix=nearest(name, known))
         tied = [name for group in self.ties for name in group]
         for name in tied:
             if name not in known:
@@ -110,11 +154,11 @@ class Space:
         return tuple(limit for limit in self.limits if limit.quantity not in ("lipschitz", "sram"))
 
     def budgets(self) -> tuple[tuple[str, float], ...]:
-        """Every additive limit as (column of `costs`, the most that may be spent), see `limited`."""
-        return tuple((column, budget) for _, column, budget in self.limited())
+        """Every limit on a sum over all layers as (column of `costs`, the most that may be spent), see `rows`."""
+        return tuple((row.column, row.room) for row in self.rows() if row.layers is None)
 
-    def limited(self) -> tuple[tuple[Limit, str, float], ...]:
-        """Every additive limit with each column that it bounds and the most that layers may spend of it.
+    def rows(self) -> tuple[Row, ...]:
+        """Every limit but the Lipschitz one as rows: a column that it bounds, or a step at which it does.
 
         A limit bounds its quantity on every cost model that prices it. Limits in bytes of the file set aside the tables
         of all candidate formats, whether or not a plan uses them: which tables the file needs is no sum over layers,
@@ -124,11 +168,17 @@ class Space:
             UsageError: a limit on something that no cost model of this run prices.
         """
         unpriced = [limit for limit in self.limits if limit.quantity == "lipschitz" and self.potentials is None]
-        return tuple(
-            (limit, column, limit.bound * self.weights if column == "code_bits" else limit.bound - self.beside(column))
-            for limit in (*unpriced, *self.additive)
-            for column in _columns(limit, self)
-        )
+        sums = [self._sum(limit, column) for limit in (*unpriced, *self.additive) for column in _columns(limit, self)]
+        return (*sums, *(self._at(limit, one) for limit in self.limits for one in self.moments if _bounds(limit, one)))
+
+    def _sum(self, limit: Limit, column: str) -> Row:
+        if column == "code_bits":
+            return Row(limit, column, limit.bound * self.weights)
+        return Row(limit, column, limit.bound - self.beside(column), self.beside(column))
+
+    def _at(self, limit: Limit, moment: Moment) -> Row:
+        room = limit.bound - moment.base
+        return Row(limit, moment.column, room, moment.base, frozenset(moment.layers), moment.place)
 
     def beside(self, column: str) -> float:
         """What of a column's limit is spent beside the layers."""
@@ -187,6 +237,10 @@ class Strategy(Protocol):
     def __call__(self, space: Space) -> Outcome:
         """Choose a format for every layer."""
         ...
+
+
+def _bounds(limit: Limit, moment: Moment) -> bool:
+    return limit.quantity == "sram" and moment.column.startswith("sram on ")
 
 
 def _columns(limit: Limit, space: Space) -> tuple[str, ...]:

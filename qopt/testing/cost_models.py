@@ -83,6 +83,8 @@ def cost_model_contract(model: CostModel) -> None:
         for spec in taken:
             _check_layer(checked, layer, spec)
     _check_network(checked)
+    if checked.knows_memory:
+        _check_memory(checked)
     assert checked.limits() == checked.limits(), "limits differ from one call to the next"
     for limit in checked.limits():
         assert limit.quantity in checked.totals, f"a limit on {limit.quantity}, which network_cost does not give"
@@ -163,6 +165,20 @@ def _check_rest(model: CheckedModel, layers: Sequence[LayerDescription], steps: 
             scale = max(total[quantity], 1e-300)
             same = abs(found[quantity][0] - found[quantity][-1]) <= 1e-9 * scale
             assert same, f"what {quantity} is beside the layers depends on their formats: {found[quantity]}"
+
+
+def _check_memory(model: CheckedModel) -> None:
+    """What weights take at every step: the same bytes again, and the peak that `network_cost` gives."""
+    layers = [layer for layer in LAYERS if model.capabilities(layer, FORMATS)]
+    steps = _steps(layers)
+    rows = model.step_memory(layers, steps)
+    assert model.step_memory(layers, steps) == rows, "memory differs from one call to the next"
+    for choice in (0, -1):
+        specs = {layer.name: model.capabilities(layer, FORMATS)[choice] for layer in layers}
+        taken = {layer.name: model.weight_memory(layer, specs[layer.name]) for layer in layers}
+        peak = max((row.base + sum(taken[name] for name in row.layers) for row in rows), default=0.0)
+        sram = model.network_cost(layers, specs, steps)["sram"]
+        assert abs(sram - peak) <= 1e-9 * max(peak, 1.0), f"sram is {sram}, the fullest step takes {peak}"
 
 
 def _steps(layers: Sequence[LayerDescription]) -> list[Step]:

@@ -14,7 +14,7 @@ import pytest
 from qopt.cache import Cache
 from qopt.errors import PluginError, UsageError
 from qopt.hardware.checked import CheckedModel, load_model
-from qopt.hardware.cost_model import Constant, CostModel, LayerDescription, Step
+from qopt.hardware.cost_model import Constant, CostModel, LayerDescription, Step, StepMemory
 from qopt.hardware.quantities import ADDITIVE, WHOLE, units
 from qopt.limits import QUANTITIES, Limit
 from qopt.plugins import plugins
@@ -238,3 +238,66 @@ def test_unknown_models_offer_the_nearest() -> None:
 def test_a_step_is_what_a_solver_has_as_a_row() -> None:
     step = Step("n", "Add", "", 8, 4, 8, ())
     assert (step.bytes, step.moved_bytes) == (0, 12)
+
+
+@dataclass(frozen=True)
+class Scratchpad(Device):
+    """A device whose weights lie beside its activations."""
+
+    taken_memory: Any = 3.0
+    rows: Any = (StepMemory("n", 1.0, ("l",)),)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "totals", units("latency", "sram") if self.totals == units("latency") else self.totals)
+
+    def weight_memory(self, layer: LayerDescription, spec: WeightSpec) -> Any:
+        return answer(self.taken_memory)
+
+    def step_memory(self, layers: Any, steps: Any) -> Any:
+        return answer(self.rows)
+
+
+class Half(Device):
+    def weight_memory(self, layer: LayerDescription, spec: WeightSpec) -> Any:
+        return 1.0
+
+
+MEMORY_LAYER = LayerDescription("l", "Conv", (8, 4, 3, 3), 8, 288, 288 * 64)
+
+
+def test_memory_at_every_step_is_passed_on() -> None:
+    model = CheckedModel(Scratchpad())
+    assert model.knows_memory
+    assert model.weight_memory(MEMORY_LAYER, INT4) == 3.0
+    assert model.step_memory([MEMORY_LAYER], []) == (StepMemory("n", 1.0, ("l",)),)
+    plain = CheckedModel(Device())
+    assert (plain.knows_memory, plain.weight_memory(MEMORY_LAYER, INT4), plain.step_memory([], [])) == (False, 0.0, ())
+
+
+@pytest.mark.parametrize("taken", [-1.0, float("nan"), float("inf"), None, "3", True])
+def test_memory_of_a_weight_is_a_cost(taken: Any) -> None:
+    with pytest.raises(PluginError, match=r"cost model device, l in int4: weight_memory is no cost"):
+        CheckedModel(Scratchpad(taken_memory=taken)).weight_memory(MEMORY_LAYER, INT4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (None, "memory is no sequence of StepMemory"),
+        ([1], "memory is no sequence of StepMemory"),
+        ([StepMemory("n", -1.0)], "step_memory, n: base is no cost"),
+        ([StepMemory("n", float("nan"))], "step_memory, n: base is no cost"),
+        ([StepMemory("n", 0.0, ("m",))], "a step names layers that are not its network's .*'m'"),
+        ([StepMemory("n", 0.0, ("l", "l"))], "a step names layers that are not its network's .*a layer twice"),
+    ],
+)
+def test_memory_of_steps_is_checked(rows: Any, said: str) -> None:
+    with pytest.raises(PluginError, match=said):
+        CheckedModel(Scratchpad(rows=rows)).step_memory([MEMORY_LAYER], [])
+
+
+def test_memory_at_every_step_needs_both_methods_and_its_peak() -> None:
+    for model in (Half(), Scratchpad(totals=units("energy"))):
+        with pytest.raises(PluginError, match="memory at every step needs both methods and sram in totals"):
+            CheckedModel(model)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 
 from qopt.errors import PluginError
-from qopt.hardware.cost_model import Constant, LayerDescription, Specs, Step, summed
+from qopt.hardware.cost_model import Constant, LayerDescription, Specs, Step, StepMemory, summed
 from qopt.hardware.quantities import units
 from qopt.limits import Limit
 from qopt.spec import WeightSpec
@@ -159,6 +159,37 @@ class Nan(Right):
         return {"latency": float("nan")}
 
 
+class Scratchpad(Right):
+    """Without a fault: weights beside the activations while their layer runs."""
+
+    def weight_memory(self, layer: LayerDescription, spec: WeightSpec) -> float:
+        return layer.weights * spec.container_bits / 8
+
+    def step_memory(self, layers: Sequence[LayerDescription], steps: Sequence[Step]) -> tuple[StepMemory, ...]:
+        known = {layer.name for layer in layers}
+        return tuple(StepMemory(s.name, float(s.bytes), tuple({s.layer} & known)) for s in steps)
+
+    def network_cost(
+        self, layers: Sequence[LayerDescription], specs: Specs, steps: Sequence[Step] = ()
+    ) -> Mapping[str, float]:
+        taken = {layer.name: self.weight_memory(layer, specs[layer.name]) for layer in layers}
+        rows = self.step_memory(layers, steps)
+        peak = max((row.base + sum(taken[name] for name in row.layers) for row in rows), default=0.0)
+        return {**super().network_cost(layers, specs, steps), "sram": peak}
+
+
+class Overfull(Scratchpad):
+    def network_cost(
+        self, layers: Sequence[LayerDescription], specs: Specs, steps: Sequence[Step] = ()
+    ) -> Mapping[str, float]:
+        return {**super().network_cost(layers, specs, steps), "sram": 5.0}
+
+
+class Drifting(Scratchpad):
+    def step_memory(self, layers: Sequence[LayerDescription], steps: Sequence[Step]) -> tuple[StepMemory, ...]:
+        return (StepMemory("n", float(next(calls))),)
+
+
 FAULTS: dict[type[Right], str] = {
     Loud: "lower case",
     Two: "one word",
@@ -179,11 +210,14 @@ FAULTS: dict[type[Right], str] = {
     Entangled: "what latency is beside the layers depends on their formats",
     Unlimited: "a limit on energy, which network_cost does not give",
     Slow: "pricing one layer takes",
+    Overfull: "sram is 5.0, the fullest step takes",
+    Drifting: "differs? from one call to the next",
 }
 
 
 def test_a_model_without_fault_passes() -> None:
     cost_model_contract(Right())
+    cost_model_contract(Scratchpad())
 
 
 @pytest.mark.parametrize(("model", "said"), FAULTS.items(), ids=lambda v: getattr(v, "__name__", ""))

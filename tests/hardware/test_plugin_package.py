@@ -127,7 +127,7 @@ def test_it_is_a_target(installed: Path, examples: Path, example_model_file: Pat
 def test_its_own_tests_pass(installed: Path, examples: Path) -> None:
     test = installed / "test_qopt_tiny_npu.py"
     shutil.copy(examples / "cost_model_plugin" / test.name, test)
-    assert "3 passed" in run(installed, "-m", "pytest", "-q", "-p", "no:cacheprovider", test).stdout
+    assert "4 passed" in run(installed, "-m", "pytest", "-q", "-p", "no:cacheprovider", test).stdout
 
 
 def test_a_broken_one_is_named_in_one_line(installed: Path, example_model_file: Path) -> None:

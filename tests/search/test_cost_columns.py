@@ -100,7 +100,7 @@ def test_budgets_by_hand(space: Space) -> None:
         ("latency on m", pytest.approx(4e-3)), ("code_bits", 12000.0), ("energy on e", pytest.approx(9e-6)),
         ("bytes", 4000.0 - bounded.table_bytes),
     ]  # fmt: skip
-    assert [str(limit) for limit, _, _ in bounded.limited()] == [
+    assert [str(row.limit) for row in bounded.rows()] == [
         "latency<=0.005s", "bits<=4", "energy<=1e-05J", "flash<=4000"
     ]  # fmt: skip
 
