@@ -7,9 +7,8 @@
 | ModelOpt-style | bisection on one multiplier, every layer on its own | auto_quantize: one budget, relaxed, rounded |
 
 The instances have no network, so HAWQ's proxy is the given sensitivity times a factor per layer, lognormal with sigma
-0.5: right within a layer, off between layers, as a trace is. HAWQ and ModelOpt know one budget: where there are two,
-that one's share is narrowed by bisection until all hold: of HAWQ the limit on operations or that on bytes, whichever
-ends lower by the proxy; of ModelOpt all shares added up.
+0.5: right within a layer, off between layers, as a trace is. HAWQ and ModelOpt know one budget; how they would be used
+under several is ours to invent, so they are held to instances with one.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from qopt.search.solver import minimise
 
 TRIALS = 200
 SIGMA = 0.5
-STEPS = 7
-LEAST_SHARE = 1e-3
-MOST_BUDGETS = 2
+ONE_LIMIT = ("HAWQ-style", "ModelOpt-style")
+"""Formulations that know one budget only."""
+
 Found = tuple[list[int] | None, float]
 """A plan within all limits, or None; CPU seconds."""
 
@@ -53,24 +52,16 @@ def optuna_per_layer(items: Sequence[Item], seed: int) -> Found:
 
 
 def hawq_style(items: Sequence[Item], seed: int) -> Found:
-    """The integer program under one limit and the proxy; of the limits the one whose plan has the least proxy."""
+    """The integer program under the limit, on the proxy."""
     factors = np.random.default_rng(seed).lognormal(0, SIGMA, len(items))
     proxy = [replace(item, sensitivities=f * item.sensitivities) for item, f in zip(items, factors, strict=True)]
     began = time.process_time()
-    found = []
-    for budget in range(min(items[0].costs.shape[1], MOST_BUDGETS)):
-
-        def solve(share: float, budget: int = budget) -> list[int] | None:
-            alone = [replace(item, costs=item.costs[:, [budget]] / share) for item in proxy]
-            return minimise(alone, None, total(alone, [0] * len(alone)), 20.0).picks
-
-        plan = widest(items, solve)
-        found += [] if plan is None else [plan]
-    return min(found, key=lambda p: total(proxy, p), default=None), time.process_time() - began
+    plan = minimise(proxy, None, total(proxy, [0] * len(proxy)), 20.0).picks
+    return plan, time.process_time() - began
 
 
 def modelopt_style(items: Sequence[Item], seed: int) -> Found:
-    """The smallest multiplier of the added shares at which every layer's own best keeps all limits."""
+    """The smallest multiplier of the cost at which every layer's own best keeps the limit."""
     del seed
     began = time.process_time()
     best, low, high = None, 1e-12, 1e6
@@ -82,24 +73,6 @@ def modelopt_style(items: Sequence[Item], seed: int) -> Found:
         else:
             low = price
     return best, time.process_time() - began
-
-
-def widest(items: Sequence[Item], solve: Callable[[float], list[int] | None]) -> list[int] | None:
-    """The plan of the largest share of one budget that keeps all of them."""
-    plan = solve(1.0)
-    if plan is not None and keeps_limits(items, plan):
-        return plan
-    best, low, high = None, LEAST_SHARE, 1.0
-    for _ in range(STEPS):
-        share = float(np.sqrt(low * high))
-        plan = solve(share)
-        if plan is not None and keeps_limits(items, plan):
-            best, low = plan, share
-        elif plan is None:
-            low = share
-        else:
-            high = share
-    return best
 
 
 FORMULATIONS: dict[str, Callable[[Sequence[Item], int], Found]] = {

@@ -27,7 +27,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from formulations import FORMULATIONS
+from formulations import FORMULATIONS, ONE_LIMIT
 from numpy.typing import NDArray
 
 from qopt.hardware.describe import NetworkDescription
@@ -181,6 +181,8 @@ def others(name: str, instances: list[list[Item]], optima: list[float]) -> list[
     rows = []
     for label, formulation in FORMULATIONS.items():
         if "Optuna" in label and len(instances[0]) > OPTUNA_LAYERS:
+            continue
+        if label in ONE_LIMIT and instances[0][0].costs.shape[1] > 1:
             continue
         above, longest, none = [], 0.0, 0
         for seed, (items, best) in enumerate(zip(instances, optima, strict=True)):
