@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lint types format benchmark clean
+.PHONY: demo test docs slow lint types format benchmark clean
 
 demo: .venv/installed
 	$(BIN)/qopt optimize examples/fashion_resnet.pt --data examples/fashion.npz --target int4 --robust --no-cache \
@@ -14,6 +14,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist workst
 
 test: .venv/installed-dev
 	$(PYTEST) -m "not slow"
+
+docs: .venv/installed-docs
+	$(BIN)/sphinx-build -W --keep-going -n -q docs build/docs
+	@echo The documentation is build/docs/index.html
 
 # Needs QOPT_ASSETS, the folder of the public networks; takes an hour and more on 2 cores.
 slow: .venv/installed-dev
@@ -47,4 +51,8 @@ clean:
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	@touch $@
