@@ -21,6 +21,7 @@ html_theme = "furo"
 html_title = f"qopt {release}"
 
 myst_heading_anchors = 3
+smartquotes = False  # two dashes stay an option
 
 # a word in single backticks is a name where there is one of it, else code
 default_role = "py:obj"
@@ -35,5 +36,3 @@ nitpick_ignore_regex = [
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_class_signature = "separated"
-# `docs/distributed.md` and others may come later: a pattern without a match is no mistake
-suppress_warnings = ["toc.empty_glob"]
