@@ -9,23 +9,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from qopt._version import __version__
-from qopt.commands.analyze import EXAMPLES as ANALYZE_EXAMPLES
-from qopt.commands.analyze import analyze
-from qopt.commands.attack import EXAMPLES as ATTACK_EXAMPLES
-from qopt.commands.attack import attack
-from qopt.commands.certify import EXAMPLES as CERTIFY_EXAMPLES
-from qopt.commands.certify import certify
-from qopt.commands.check import EXAMPLES as CHECK_EXAMPLES
-from qopt.commands.check import check
-from qopt.commands.compare import compare
-from qopt.commands.doctor import doctor
-from qopt.commands.optimize import EXAMPLES, optimize
+from qopt.commands import analyze, attack, certify, check, compare, doctor, optimize, plugins, targets, worker
 from qopt.commands.plan import plan
-from qopt.commands.plugins import plugins
 from qopt.commands.settings import defaults, find
-from qopt.commands.targets import targets
-from qopt.commands.worker import EXAMPLES as WORKER_EXAMPLES
-from qopt.commands.worker import worker
 from qopt.errors import QoptError
 
 EXIT_CODES = """
@@ -88,14 +74,6 @@ def root(
         context.default_map = defaults(path, commands, named=config is not None)
 
 
-app.command(epilog=EXAMPLES)(optimize)
-app.command()(compare)
-app.command(epilog=ATTACK_EXAMPLES)(attack)
-app.command(epilog=CERTIFY_EXAMPLES)(certify)
-app.command(epilog=ANALYZE_EXAMPLES)(analyze)
-app.command(epilog=CHECK_EXAMPLES)(check)
-app.command()(doctor)
-app.command()(plugins)
-app.command()(targets)
-app.command(epilog=WORKER_EXAMPLES)(worker)
+for module in (optimize, compare, attack, certify, analyze, check, doctor, plugins, targets, worker):
+    app.command(epilog=module.EXAMPLES)(getattr(module, module.__name__.rpartition(".")[2]))
 app.add_typer(plan, name="plan")

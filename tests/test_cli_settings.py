@@ -127,3 +127,20 @@ def test_other_commands_take_their_tables(place: Path) -> None:
     (place / "qopt.toml").write_text("[targets]\njson = true\n[optimize]\nseed = 2\n")
     done = CliRunner().invoke(app, ["targets"], catch_exceptions=False)
     assert done.stdout.lstrip()[0] in "[{"
+
+
+def test_every_command_shows_examples_in_its_help() -> None:
+    group: Any = typer.main.get_command(app)
+    for name, command in group.commands.items():
+        for path, one in _leaves(name, command):
+            done = CliRunner().invoke(app, [*path, "--help"])
+            assert done.exit_code == 0
+            assert f"qopt {' '.join(path)}" in " ".join(done.stdout.split()), path
+            assert "Example" in str(one.epilog), path
+
+
+def _leaves(name: str, command: Any) -> list[tuple[list[str], Any]]:
+    """The commands behind a word, with the words that lead there."""
+    if not hasattr(command, "commands"):
+        return [([name], command)]
+    return [([name, sub], one) for sub, one in command.commands.items()]

@@ -12,6 +12,15 @@ from qopt.commands.running import cache_folder, check_folder, numbers, working
 ATTACK = "fgsm, bim, pgd, cw or spsa; repeatable. [all but pgd]"
 
 
+EXAMPLES = """
+Examples:
+
+    qopt compare float.onnx int8.onnx int4.onnx --data images.npz -o report
+
+    qopt compare float.onnx int8.onnx --data images.npz --attack pgd --attack cw --images 200
+"""
+
+
 def compare(
     models: Annotated[list[Path], typer.Argument(help="Two or more model files, the float one first.")],
     data: Annotated[str, typer.Option(help="Images: a .npz file, a folder of class folders, or module:factory.")],

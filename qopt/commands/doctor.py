@@ -10,6 +10,14 @@ import typer
 from qopt.commands.running import image_shape
 from qopt.errors import InterruptedRunError
 
+EXAMPLES = """
+Examples:
+
+    qopt doctor model.onnx
+
+    qopt doctor weights.safetensors --model package.module:factory --input-shape 3,32,32
+"""
+
 
 def doctor(
     model: Annotated[Path, typer.Argument(help="A model file of any kind that `qopt optimize` takes.")],

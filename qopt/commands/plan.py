@@ -17,7 +17,7 @@ plan = typer.Typer(no_args_is_help=True, help="Read, compare and apply plans.")
 FILE = "A plan.json, or the output folder that holds one."
 
 
-@plan.command()
+@plan.command(epilog="Example: `qopt plan show out`")
 def show(file: Annotated[Path, typer.Argument(help=FILE)]) -> None:
     """Print a plan: what every layer and tensor gets, and why."""
     from qopt.plan_text import show_plan
@@ -25,7 +25,7 @@ def show(file: Annotated[Path, typer.Argument(help=FILE)]) -> None:
     typer.echo(show_plan(_read(file)), nl=False)
 
 
-@plan.command()
+@plan.command(epilog="Example: `qopt plan diff out other`")
 def diff(
     old: Annotated[Path, typer.Argument(help=FILE)],
     new: Annotated[Path, typer.Argument(help=FILE)],
@@ -38,7 +38,7 @@ def diff(
     raise typer.Exit(1 if text else 0)
 
 
-@plan.command()
+@plan.command(epilog="Example: `qopt plan apply edited.json model.onnx --data images.npz -o again`")
 def apply(
     file: Annotated[Path, typer.Argument(help=FILE)],
     model: Annotated[str, typer.Argument(help="The float model that the plan is for.")],

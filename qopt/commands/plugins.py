@@ -8,6 +8,14 @@ import typer
 
 from qopt.errors import UsageError
 
+EXAMPLES = """
+Examples:
+
+    qopt plugins
+
+    qopt plugins qopt.cost_models
+"""
+
 
 def plugins(
     group: Annotated[str | None, typer.Argument(help="One group, such as qopt.searches. [all]")] = None,

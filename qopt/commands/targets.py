@@ -10,6 +10,14 @@ import typer
 
 from qopt.errors import UsageError
 
+EXAMPLES = """
+Examples:
+
+    qopt targets
+
+    qopt targets stm32f4 --json
+"""
+
 
 def targets(
     name: Annotated[str | None, typer.Argument(help="One target, such as stm32f4. [all]")] = None,

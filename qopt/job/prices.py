@@ -70,7 +70,10 @@ def spent(run: Run, applied: AppliedWeights) -> list[str]:
 
 
 def limit_rows(run: Run, applied: AppliedWeights) -> list[LimitRow]:
-    """Every limit that costs decide, held against the plan as it was made real, on every machine that prices it."""
+    """Every limit that costs decide, held against the plan as it was made real, on every machine that prices it.
+
+    A plan that the user brought is not held to the average of bits that a target's name stands for.
+    """
     stored = list(applied.quantized.stored(run.prepared))
     specs = {layer.name: applied.quantized.spec(layer.name) for layer in run.network.layers}
     totals = {"stored": {"bits": code_bits(stored), "size": float(stored_bytes(stored))}}
@@ -80,6 +83,7 @@ def limit_rows(run: Run, applied: AppliedWeights) -> list[LimitRow]:
     return [
         limit_row(limit, machine, total[limit.quantity])
         for limit in run.target.limits
+        if run.plan is None or limit.quantity != "bits" or limit in run.options.limits
         for machine, total in totals.items()
         if limit.quantity in total
     ]
