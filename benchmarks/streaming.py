@@ -2,7 +2,7 @@
 
     python benchmarks/streaming.py [--parameters 5e6,1.5e7,5e7] [--whole] [--target int4-uniform] [--write]
 
-Every size runs in a process of its own. Memory is the peak resident size above that of the libraries alone, over the
+Every size runs in a process of its own. Memory is the peak resident size above that of program and libraries, over the
 size of the float file; pages of the mapped file count. CPU time is that of this process. Without ``--whole`` the
 network is loaded, prepared, the candidates of ``int4`` are weighed and one plan is turned into codes; with it,
 `qopt.optimize` runs to the end. The fresh process that runs the file at last holds the file and little else, and is not
@@ -75,10 +75,10 @@ def forget_peak() -> None:
 
 
 def measure(path: Path, whole: bool, target: str) -> dict[str, Any]:
-    """In this process: step to its seconds and its peak above the libraries' memory in bytes."""
-    import onnxscript  # noqa: F401 - the libraries are loaded before anything counts
+    """In this process: step to its seconds and its peak above the memory of program and libraries in bytes."""
+    import onnxscript  # noqa: F401 - program and libraries are loaded before anything counts
 
-    import qopt
+    import qopt.api
     from qopt.cache import Cache
     from qopt.config import Options
     from qopt.graph.load import load_model
@@ -179,7 +179,7 @@ def main() -> None:
         sys.stdout.write(json.dumps(results) + "\n" if options.json else text)
         if options.write:
             title = (
-                "# Compiling a safetensors file weight-only\n\nPeak resident memory above that of the libraries.\n\n"
+                "# Compiling a safetensors file weight-only\n\nPeak resident memory above that of program and libraries.\n\n"
             )
             RESULTS.write_text(title + text)
 
