@@ -178,10 +178,8 @@ def main() -> None:
         text = table(results)
         sys.stdout.write(json.dumps(results) + "\n" if options.json else text)
         if options.write:
-            title = (
-                "# Compiling a safetensors file weight-only\n\nPeak resident memory above that of program and libraries.\n\n"
-            )
-            RESULTS.write_text(title + text)
+            title = "# Compiling a safetensors file weight-only"
+            RESULTS.write_text(f"{title}\n\nPeak resident memory above that of program and libraries.\n\n{text}")
 
 
 if __name__ == "__main__":
