@@ -59,14 +59,14 @@ ROBUST_GATES = (Gate("clean_drop", 2.0), Gate("robust_drop", 2.0), Gate("masking
 """The gates of ``--robust``, where none is named."""
 
 
-def readable(quantity: str, value: float) -> str:
+def readable(quantity: str, value: float, digits: int = 4) -> str:
     """A cost for people: ``12.3 ms``, ``384 KB``; of units the largest that leaves a number of 1 or more.
 
     A quantity that has no limits gets no unit.
     """
     units = sorted(_UNITS.get(quantity, {"": 1}).items(), key=lambda unit: (-unit[1], unit[0] == ""))
     unit, factor = next(((unit, factor) for unit, factor in units if value >= factor), units[-1])
-    return f"{value / float(factor):.4g} {unit}".rstrip()
+    return f"{value / float(factor):.{digits}g} {unit}".rstrip()
 
 
 def parse_limit(text: str) -> Limit:

@@ -47,13 +47,17 @@ class Judge:
         share = float(kept.double().mean())
         return Judge(run, clean, held, Probe(adversarial[kept], held.reference), labels[kept], share)
 
-    def examples(self, twin: TwinClassifier) -> Tensor | None:
-        """What a short PGD on ``twin`` makes of the images that float withstands; None where there are none."""
+    def examples(self, twin: TwinClassifier, part: slice = slice(None)) -> Tensor | None:
+        """What a short PGD on ``twin`` makes of a part of the images that float withstands; None where there are none.
+
+        What becomes of an image does not depend on the part.
+        """
         if self.held is None or not len(self.labels):
             return None
         attack = PGD(steps=PROBE_STEPS, compact=False, batch_size=BATCH)
-        seed = self.run.seed("select")
-        return attack(twin, self.held.images, self.labels, self.run.threat, seed=seed).adversarial
+        seed, numbers = self.run.seed("select"), torch.arange(len(self.labels))[part]
+        images, labels = self.held.images[part], self.labels[part]
+        return attack(twin, images, labels, self.run.threat, seed=seed, indices=numbers).adversarial
 
     def on(self, examples: Tensor, twin: TwinClassifier) -> float:
         """The share's divergence of a plan on ``examples``, as `examples` makes them."""

@@ -13,9 +13,6 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Final, Literal, final
 
-import torch
-
-from qopt.attacks import PGD
 from qopt.cache import code_digest, digest_arrays
 from qopt.errors import PlanError, UsageError
 from qopt.job.judge import Judge
@@ -118,11 +115,9 @@ class Bench:
         applied, twin = self._made_real(plan)
         part, judge = slice(shard.start, shard.stop), self._judge
         if shard.part == "attack":
+            made = judge.examples(twin, part)
             assert judge.held is not None
-            attack = PGD(steps=PROBE_STEPS, compact=False, batch_size=BATCH)
-            images, numbers = judge.held.images[part], torch.arange(shard.start, shard.stop)
-            seed = self._run.seed("select")
-            made = attack(twin, images, judge.labels[part], self._run.threat, seed=seed, indices=numbers).adversarial
+            assert made is not None
             return {"attack": Probe(made, judge.held.reference[part]).divergence(twin)}
         stored = list(applied.quantized.stored(self._run.prepared))
         sizes = {"code_bits": code_bits(stored), "bytes": stored_bytes(stored)}

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Final
 
+from qopt.limits import readable
 from qopt.report.charts import Bar, BarChart, Curves, Point, Scatter, Tone
 from qopt.report.markdown import drop, share
 from qopt.report.model import LayerRow, MeasuredPlan, Report, Row, Share
@@ -14,6 +15,9 @@ from qopt.report.tables import Section, Table, page
 
 Latency = Mapping[str, Mapping[str, float]]
 """Batch size to seconds of one run by network, ``float`` and ``qopt`` among them: measured, so not part of a report."""
+
+DIGITS: Final = 3
+"""Of sizes and latencies beside their bars."""
 
 LEAST: Final = 1e-6
 """Divergences below it, in nats, are drawn at it."""
@@ -136,16 +140,18 @@ def _size(report: Report, latency: Latency) -> Section:
         BarChart(
             "Size of the file",
             (
-                ("float", (Bar(size.float_bytes, _bytes(size.float_bytes), "quiet"),)),
-                ("quantized", (Bar(size.file_bytes, _bytes(size.file_bytes)),)),
+                ("float", (Bar(size.float_bytes, readable("size", size.float_bytes, DIGITS), "quiet"),)),
+                ("quantized", (Bar(size.file_bytes, readable("size", size.file_bytes, DIGITS)),)),
             ),
             largest,
         )
     ]
     for batch, seconds in latency.items():
-        rows.append((f"latency, batch {batch}", ", ".join(f"{n} {_seconds(s)}" for n, s in seconds.items())))
+        rows.append(
+            (f"latency, batch {batch}", ", ".join(f"{n} {readable('latency', s, DIGITS)}" for n, s in seconds.items()))
+        )
         bars = tuple(
-            (name, (Bar(value, _seconds(value), "first" if name == "qopt" else "quiet"),))
+            (name, (Bar(value, readable("latency", value, DIGITS), "first" if name == "qopt" else "quiet"),))
             for name, value in seconds.items()
         )
         pictures.append(BarChart(f"Latency, batch {batch}, one thread", bars, max(seconds.values())))
@@ -154,21 +160,9 @@ def _size(report: Report, latency: Latency) -> Section:
     )
 
 
-def _seconds(value: float) -> str:
-    units = [("s", 1.0), ("ms", 1e-3), ("us", 1e-6)]
-    unit, factor = next((unit, factor) for unit, factor in units if value >= factor or unit == "us")
-    return f"{value / factor:.3g} {unit}"
-
-
 def _label(name: str) -> str:
     """A layer's name as charts show it: of most exporters all end alike."""
     return name.removesuffix(".weight")
-
-
-def _bytes(count: int) -> str:
-    units = [("MB", 1024**2), ("KB", 1024), ("B", 1)]
-    unit, factor = next((unit, factor) for unit, factor in units if count >= factor or factor == 1)
-    return f"{count / factor:.3g} {unit}"
 
 
 def _bits(report: Report) -> Section:
