@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from hypothesis import settings
@@ -56,3 +57,18 @@ def pytest_runtest_makereport(
         report.outcome = "failed"
         report.longrepr = f"skipped although QOPT_REQUIRE_ALL is set: {report.longrepr}"
     return report
+
+
+@pytest.fixture(scope="module")
+def few_images(tmp_path_factory: pytest.TempPathFactory, examples: Path) -> Path:
+    """A folder with the embedded network, ``model.onnx``, and few of its images, ``few.npz``."""
+    from qopt.graph.load import load_model
+    from qopt.runtime.session import to_bytes
+
+    folder = tmp_path_factory.mktemp("few")
+    (folder / "model.onnx").write_bytes(to_bytes(load_model(examples / "fashion_resnet.pt")))
+    with np.load(examples / "fashion.npz") as file:
+        few = {"train": 128, "test": 40}
+        arrays = {f"{kind}_{part}": file[f"{kind}_{part}"][:n] for part, n in few.items() for kind in "xy"}
+    np.savez(folder / "few.npz", **arrays)
+    return folder

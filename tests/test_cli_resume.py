@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from qopt.job.journal import NAME
@@ -30,18 +29,8 @@ MANY = [pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 13)]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, examples: Path) -> Path:
-    """A folder with the embedded network as ONNX and few of its images."""
-    from qopt.graph.load import load_model
-    from qopt.runtime.session import to_bytes
-
-    folder = tmp_path_factory.mktemp("resume")
-    (folder / "model.onnx").write_bytes(to_bytes(load_model(examples / "fashion_resnet.pt")))
-    with np.load(examples / "fashion.npz") as file:
-        few = {"train": 128, "test": 40}
-        arrays = {f"{kind}_{part}": file[f"{kind}_{part}"][:n] for part, n in few.items() for kind in "xy"}
-    np.savez(folder / "few.npz", **arrays)
-    return folder
+def place(few_images: Path) -> Path:
+    return few_images
 
 
 def begin(place: Path, out: str, *more: str) -> subprocess.Popen[str]:

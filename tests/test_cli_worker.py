@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from optuna.trial import FrozenTrial, TrialState
@@ -95,18 +94,8 @@ def database() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, examples: Path) -> Path:
-    """A folder with the embedded network as ONNX and few of its images."""
-    from qopt.graph.load import load_model
-    from qopt.runtime.session import to_bytes
-
-    folder = tmp_path_factory.mktemp("worker")
-    (folder / "model.onnx").write_bytes(to_bytes(load_model(examples / "fashion_resnet.pt")))
-    with np.load(examples / "fashion.npz") as file:
-        few = {"train": 128, "test": 40}
-        arrays = {f"{kind}_{part}": file[f"{kind}_{part}"][:n] for part, n in few.items() for kind in "xy"}
-    np.savez(folder / "few.npz", **arrays)
-    return folder
+def place(few_images: Path) -> Path:
+    return few_images
 
 
 class Worker:
