@@ -177,7 +177,7 @@ def table(args: argparse.Namespace, network: Network, bits: float) -> list[str]:
     ranked = sorted(rivals, key=lambda row: -float(row.robust.double().mean()))
     stronger = {row.strategy: autoattack(run, row.plan, args.autoattack) for row in ranked[:2] if args.autoattack}
     lines = [
-        f"\n### {network.name}, {network.eps}, at most {bits:g} code bits\n",
+        f"\n## {network.name}, {network.eps}, at most {bits:g} code bits\n",
         f"Float: clean {percent(floats[0])}, {ATTACK.name} {percent(floats[1])}; {args.images} test images.\n",
         "| strategy | code bits | clean | robust | robust - best | AutoAttack | plans measured | CPU s |",
         "|---|---|---|---|---|---|---|---|",

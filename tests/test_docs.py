@@ -8,6 +8,7 @@ stands below a line ``<!-- not run: REASON -->`` is only read.
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -339,6 +340,13 @@ def test_tables_hold_their_cells(generated: Any) -> None:
             cells = len(re.findall(r"(?<!\\)\|", row))
             width = width if not re.match(r"\| (option|document|group|target) ", row) else cells
             assert cells == width, row
+
+
+def test_headings_of_logs_go_down_one_level_at_a_time() -> None:
+    for path in (ROOT / "benchmarks" / "results").glob("*.md"):
+        levels = [len(mark) for mark in re.findall(r"^(#+) ", FENCE.sub("", path.read_text()), re.MULTILINE)]
+        assert levels[0] == 1, path.name
+        assert all(after <= before + 1 for before, after in itertools.pairwise(levels)), path.name
 
 
 FIELDS = [
