@@ -41,6 +41,14 @@ def parse_baseline(text: str) -> tuple[WeightSpec, ActivationSpec]:
     return WeightSpec.parse(weights), ActivationSpec.parse(activations or "int8")
 
 
+def parse_activations(text: str) -> tuple[ActivationSpec, ...]:
+    """Read ``int8`` or ``int8,int6,int4:mse``, each once. Raises PlanError."""
+    specs = tuple(ActivationSpec.parse(part) for part in text.split(","))
+    if len(specs) > 1 and any(spec.is_float for spec in specs):
+        raise PlanError("float is no width to choose", got=repr(text), fix="name it alone, or leave it out")
+    return tuple(dict.fromkeys(specs))
+
+
 @final
 @dataclass(frozen=True)
 class Options:
@@ -61,7 +69,8 @@ class Options:
         eps: its radius, pixels in [0, 1]; None for the default of the number of channels.
         thresholds: form of the Lipschitz thresholds; ``auto`` is ``weighted`` with data, else ``paper``.
         threshold: the bound of ``relative`` and ``weighted``.
-        activations: format of activations in place of the target's, or None.
+        activations: formats of activations in place of the target's, joined by commas, or None: the first is what
+            tensors have, the others what a tensor may have where a limit prices it.
         baselines: plans to measure beside the chosen one, ``WEIGHTS`` or ``WEIGHTS@ACTIVATIONS`` (``int4:max``,
             ``int8@int4``), uniform and rounded to nearest; activations default to int8.
         rounding: how weights become codes: ``nearest``, ``gptq``, ``adaround``, or ``auto``, which measures on the
@@ -141,7 +150,7 @@ class Options:
                 parse_baseline(baseline)
             where = "--activations"
             if self.activations is not None:
-                ActivationSpec.parse(self.activations)
+                parse_activations(self.activations)
         except PlanError as error:
             raise error.at(where) from error
 

@@ -59,7 +59,7 @@ class Plan(Document):
         model: SHA-256 of the prepared and, where asked for, equalised graph that the plan was made for, or empty for a
             plan that fits any.
         data: SHA-256 of the images that calibrated it, or empty.
-        reasons: layer name to why it got its format.
+        reasons: name of a layer, or of a tensor with another format than the default, to why it got its format.
     """
 
     schema_: Literal[1] = Field(default=SCHEMA, alias="schema")

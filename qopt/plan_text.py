@@ -22,7 +22,9 @@ def show_plan(plan: Plan) -> str:
         ("digest", plan.digest[:12]),
     ]
     weights = [(name, _short(spec), plan.reasons.get(name, "")) for name, spec in plan.weights.items()]
-    activations = [(name, spec, _range(plan, name)) for name, spec in _activations(plan).items()]
+    activations = [
+        (name, spec, _range(plan, name), plan.reasons.get(name, "")) for name, spec in _activations(plan).items()
+    ]
     parts = [columns(facts), section("weights", weights), section("activations", activations)]
     parts += [section("ties", [(", ".join(group),) for group in plan.ties])]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -32,7 +32,7 @@ from qopt.passes.round_gptq import RoundGPTQ
 from qopt.passes.unshare import Unshare
 from qopt.passes.watcher import live_bytes
 from qopt.plan import Plan
-from qopt.quant import AffineRange, AnyWeight, RangeObserver
+from qopt.quant import ActivationQuantizer, AffineRange, AnyWeight, RangeObserver
 from qopt.quant.large import quantize_large
 from qopt.seeds import derive
 from qopt.spec import FLOAT_ACTIVATION, ActivationSpec, WeightSpec
@@ -206,6 +206,15 @@ class Quantizer(WeightOnly):
     def tensors(self) -> dict[str, list[str]]:
         """Quantizable activation tensors, each with the values that carry its codes."""
         return quantizable(self.float_graph)
+
+    def activation(self, name: str, spec: ActivationSpec) -> ActivationQuantizer:
+        """What rounds a tensor's values to a format that is not float, over the range observed on the images.
+
+        Raises:
+            PlanError: there are no images.
+            DataError: a range that no codes cover.
+        """
+        return ActivationQuantizer(_affine(name, self._observed({name: spec})[name], spec.bits))
 
     def apply(self, plan: Plan) -> Applied:
         """Make ``plan`` real.

@@ -29,7 +29,7 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split(
 
 WALLS = {
     "optuna": ("search/",),
-    "networkx": ("graph/view.py",),
+    "networkx": ("graph/view.py", "search/widths.py"),
     "onnx": ("emit/", "runtime/", "graph/", "job/artefact.py"),
     "PIL": ("data.py",),
     "rich": ("terminal.py", "progress.py"),

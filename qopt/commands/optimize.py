@@ -58,7 +58,7 @@ def optimize(
     threshold: Annotated[float, typer.Option(help="Bound of relative and weighted thresholds.")] = 0.25,
     plan: Annotated[Path | None, typer.Option(help="A plan.json to apply instead of searching.")] = None,
     activations: Annotated[
-        str | None, typer.Option(help="Activation format, such as int8 or float. [target's]")
+        str | None, typer.Option(help="Activation format, or several: int8,int6,int4:mse. [target's]")
     ] = None,
     baseline: Annotated[
         list[str] | None, typer.Option(help="Uniform plan to compare, WEIGHTS[@ACTIVATIONS]. [int4:max]")

@@ -55,6 +55,7 @@ def _model(row: dict[str, Any]) -> Iterator[str]:
     priced = {**row["prices"], **row["totals"]}
     yield f"{row['name']} ({row['origin']}): prices {', '.join(f'{what} [{unit}]' for what, unit in priced.items())}"
     yield f"  limits: {', '.join(row['limits']) or 'none'}"
+    yield f"  bits of activations: {', '.join(map(str, row['activation_bits']))}"
     for layer, formats in row["takes"].items():
         yield f"  {layer}: {', '.join(formats) or 'nothing'}"
     for what, one in row["constants"].items():

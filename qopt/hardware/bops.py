@@ -25,6 +25,7 @@ class BopsModel:
     name: ClassVar[str] = "bops"
     prices: ClassVar[Mapping[str, str]] = units("bops")
     totals: ClassVar[Mapping[str, str]] = units("bops")
+    activation_bits: ClassVar[tuple[int, ...]] = (8, 7, 6, 5, 4, 3, 2)
     constants: ClassVar[Mapping[str, Constant]] = {}
 
     def capabilities(self, layer: LayerDescription, formats: Sequence[WeightSpec]) -> tuple[WeightSpec, ...]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, final
 
 from qopt.cache import Cache
 from qopt.errors import PluginError, QoptError
-from qopt.hardware.cost_model import Constant, CostModel, LayerDescription, Specs, Step, StepMemory
+from qopt.hardware.cost_model import WIDEST, Constant, CostModel, LayerDescription, Specs, Step, StepMemory
 from qopt.hardware.quantities import ADDITIVE, WHOLE
 from qopt.limits import QUANTITIES, Limit
 from qopt.plugins import load
@@ -70,6 +70,18 @@ class CheckedModel:
     def constants(self) -> Mapping[str, Constant]:
         """What the model computes with."""
         return self.model.constants
+
+    @property
+    def activation_bits(self) -> tuple[int, ...]:
+        """The widths of activation codes that the model prices differently, widest first; 8 where it says nothing."""
+        found = getattr(self.model, "activation_bits", (WIDEST,))
+        good = isinstance(found, Sequence) and all(isinstance(bits, int) and 1 <= bits <= WIDEST for bits in found)
+        if not (good and found and list(found) == sorted(set(found), reverse=True)):
+            raise PluginError(
+                "not the widths of activations", where=self._where("activation_bits"),
+                expected=f"whole numbers of 1 to {WIDEST}, widest first, each once", got=_short(found),
+            )  # fmt: skip
+        return tuple(found)
 
     def capabilities(self, layer: LayerDescription, formats: Sequence[WeightSpec]) -> tuple[WeightSpec, ...]:
         """As the model has it; some of ``formats``."""

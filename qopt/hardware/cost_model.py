@@ -19,6 +19,9 @@ Basis = Literal["measured", "published", "assumed"]
 """Where a number comes from: measured by us, published by somebody, or our own guess."""
 
 FLOAT_BITS: Final = 32
+WIDEST: Final = 8
+"""Bits of the widest activation code."""
+
 CONTAINER: Final = 8
 """Bits of memory that an activation code of 1 to 8 bits takes, in ONNX Runtime and in the emitted C alike."""
 
@@ -158,8 +161,11 @@ class CostModel(Protocol):
     """Prices formats. Additive prices go to the solver; `network_cost` has the last word on a whole plan.
 
     Implementations are built without arguments, compare and hash by what they are and can be pickled: frozen
-    dataclasses. All methods are pure: the same arguments give the same answer. A model may have these methods besides:
+    dataclasses. All methods are pure: the same arguments give the same answer. A model may have these besides:
 
+    - ``activation_bits: tuple[int, ...]``: the widths of activation codes that it prices differently, of 1 to 8 bits,
+      widest first; 8 alone where it says nothing. A search may give a tensor any of them, and a layer that reads it is
+      priced with that `LayerDescription.input_bits`: fewer bits never cost more.
     - ``calibrate(cache: qopt.cache.Cache) -> CostModel``: the same model with constants measured on this machine.
     - ``weight_memory(layer, spec) -> float`` and ``step_memory(layers, steps) -> Sequence[StepMemory]``, both or
       neither, where weights share the memory that limits on ``sram`` bound, on-chip memory that they are loaded to:

@@ -7,7 +7,7 @@ overwrites one that nobody needs any more, and so does pooling without padding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Final, final
@@ -48,8 +48,13 @@ class NetworkDescription:
         return {layer.name: layer for layer in self.layers}[name]
 
 
-def describe(prepared: Prepared, activation_bits: int, *, observe: bool = True) -> NetworkDescription:
+def describe(
+    prepared: Prepared, activation_bits: int, narrow: Mapping[str, int] | None = None, *, observe: bool = True
+) -> NetworkDescription:
     """The network with activations of ``activation_bits`` bits, 32 for float, for one image or item.
+
+    ``narrow`` has the bits of values that differ, by ONNX name. A step without a layer counts as wide as the widest
+    tensor that it reads or writes, and a layer with several uses as wide as the widest of its inputs.
 
     Shapes that inference does not tell are observed in a run; without ``observe`` these tensors are left out.
 
@@ -57,13 +62,28 @@ def describe(prepared: Prepared, activation_bits: int, *, observe: bool = True) 
         UnsupportedModelError: the run fails.
     """
     elements = _elements(prepared, observe)
+    executed, outputs, alias = _executed(prepared.model.graph, elements)
+    widths = _Widths(activation_bits, {alias.get(name, name): bits for name, bits in (narrow or {}).items()}, alias)
     nodes = {str(node.name): node for node in prepared.model.graph}
-    layers = tuple(_layer(layer, nodes, elements, activation_bits) for layer in prepared.layers)
-    return NetworkDescription(layers, _steps(prepared, elements, activation_bits))
+    layers = tuple(_layer(layer, nodes, elements, widths) for layer in prepared.layers)
+    return NetworkDescription(layers, _steps(prepared, executed, outputs, elements, widths))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Widths:
+    """Bits of every value: those of the memory that it names."""
+
+    default: int
+    narrow: Mapping[str, int]
+    alias: Mapping[str, str]
+
+    def widest(self, names: Iterable[str]) -> int:
+        return max((self.narrow.get(self.alias.get(name, name), self.default) for name in names), default=self.default)
 
 
 def _layer(
-    layer: Layer, nodes: Mapping[str, ir.Node], elements: Mapping[str, int], activation_bits: int
+    layer: Layer, nodes: Mapping[str, ir.Node], elements: Mapping[str, int], widths: _Widths
 ) -> LayerDescription:
     convolution = layer.op in ("Conv", "ConvTranspose")
     kernel = layer.shape[2:] if convolution else ()
@@ -72,7 +92,8 @@ def _layer(
         layer.name, layer.op, layer.shape, layer.channels, layer.weights, layer.macs, kernel,
         tuple(strides.as_ints()) if strides is not None else (1,) * len(kernel), layer.groups,
         sum(elements.get(use.input, 0) for use in layer.uses), sum(elements.get(use.output, 0) for use in layer.uses),
-        activation_bits, activation_bits, len(layer.uses),
+        widths.widest(use.input for use in layer.uses), widths.widest(use.output for use in layer.uses),
+        len(layer.uses),
     )  # fmt: skip
 
 
@@ -106,22 +127,23 @@ class _Executed:
     target: str
 
 
-def _steps(prepared: Prepared, elements: Mapping[str, int], bits: int) -> tuple[Step, ...]:
+def _steps(
+    prepared: Prepared, executed: Sequence[_Executed], outputs: set[str], elements: Mapping[str, int], widths: _Widths
+) -> tuple[Step, ...]:
     layers = {use.node: layer.name for layer in prepared.layers for use in layer.uses}
-    executed, output = _executed(prepared.model.graph, elements)
-    live = _live(executed, {str(value.name) for value in prepared.model.graph.inputs}, output, elements)
+    live = _live(executed, {str(value.name) for value in prepared.model.graph.inputs}, outputs, elements)
     return tuple(
         Step(
             str(one.node.name), one.node.op_type, layers.get(str(one.node.name), ""),
-            sum(elements[name] for name in one.reads), elements[one.target], bits,
-            tuple(Live(name, elements[name], bits) for name in names),
+            sum(elements[name] for name in one.reads), elements[one.target], widths.widest((*one.reads, one.target)),
+            tuple(Live(name, elements[name], widths.widest([name])) for name in names),
         )
         for one, names in zip(executed, live, strict=True)
     )  # fmt: skip
 
 
-def _executed(graph: ir.Graph, elements: Mapping[str, int]) -> tuple[list[_Executed], set[str]]:
-    """The steps without views and what is fused, and the tensors that leave the network."""
+def _executed(graph: ir.Graph, elements: Mapping[str, int]) -> tuple[list[_Executed], set[str], dict[str, str]]:
+    """The steps without views and what is fused, the tensors that leave the network, and what names whose memory."""
     alias: dict[str, str] = {}
     found = []
     for node in graph:
@@ -131,7 +153,7 @@ def _executed(graph: ir.Graph, elements: Mapping[str, int]) -> tuple[list[_Execu
             alias |= dict.fromkeys(written, reads[0])
         elif reads:
             found += [_Executed(node, tuple(dict.fromkeys(reads)), name) for name in written]
-    return found, {alias.get(str(value.name), str(value.name)) for value in graph.outputs}
+    return found, {alias.get(str(value.name), str(value.name)) for value in graph.outputs}, alias
 
 
 def _activations(node: ir.Node, elements: Mapping[str, int]) -> list[str]:

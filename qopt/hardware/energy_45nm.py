@@ -58,6 +58,7 @@ class Energy45nm:
     name: ClassVar[str] = "energy-45nm"
     prices: ClassVar[Mapping[str, str]] = units("energy")
     totals: ClassVar[Mapping[str, str]] = units("energy")
+    activation_bits: ClassVar[tuple[int, ...]] = (8, 7, 6, 5, 4, 3, 2)
     constants: ClassVar[Mapping[str, Constant]] = {
         "multiply int8": INT8_MULTIPLY, "add int32": INT32_ADD, "multiply float32": FLOAT_MULTIPLY,
         "add float32": FLOAT_ADD, "shift int8": INT8_SHIFT, "SRAM bit": SRAM_BIT, "DRAM bit": DRAM_BIT,

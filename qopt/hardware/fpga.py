@@ -42,6 +42,7 @@ class FpgaDsp48e2(RooflineModel):
     """Kria KV260; weights stream from memory in their own width, as they are stored."""
 
     name: ClassVar[str] = "fpga-dsp48e2"
+    activation_bits: ClassVar[tuple[int, ...]] = (8, 4)
     constants: ClassVar[Mapping[str, Constant]] = {
         "slices": SLICES, "tables": TABLES, "clock": CLOCK, "int8": INT8_PER_SLICE, "int4": INT4_PER_SLICE,
         "float": FLOAT_SLICES, "shift": SHIFT_TABLES, "table share": TABLE_SHARE, "bandwidth": BANDWIDTH, "call": CALL,

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from qopt.errors import PluginError
-from qopt.hardware.checked import GROUP, load_model
-from qopt.hardware.cost_model import CostModel, LayerDescription
+from qopt.hardware.checked import GROUP, CheckedModel, load_model
+from qopt.hardware.cost_model import LayerDescription
 from qopt.hardware.targets import PROBE, TARGETS
 from qopt.plugins import plugins
 from qopt.spec import WeightSpec
@@ -53,11 +53,12 @@ def cost_models() -> list[dict[str, Any]]:
     return found
 
 
-def _facts(model: CostModel) -> dict[str, Any]:
+def _facts(model: CheckedModel) -> dict[str, Any]:
     return {
         "prices": dict(model.prices),
         "totals": dict(model.totals),
         "limits": list(map(str, model.limits())),
+        "activation_bits": list(model.activation_bits),
         "takes": {name: list(map(str, model.capabilities(layer, FORMATS))) for name, layer in LAYERS.items()},
         "constants": {
             name: {"value": one.value, "unit": one.unit, "basis": one.basis, "source": one.source}

@@ -29,6 +29,7 @@ class Target:
         activations: format of activations where data is given to calibrate them.
         limits: limits that the target itself sets.
         cost_models: names in the group `qopt.cost_models`.
+        narrower: further formats of activations that a tensor may have where a limit prices them.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Target:
     activations: ActivationSpec
     limits: tuple[Limit, ...]
     cost_models: tuple[str, ...] = ("bits",)
+    narrower: tuple[ActivationSpec, ...] = ()
 
     @property
     def expansion(self) -> str:
@@ -43,7 +45,9 @@ class Target:
         limits = ", ".join(map(str, self.limits)) or "no limits"
         formats = ", ".join(map(str, self.weights))
         priced = ", ".join(name for name in self.cost_models if name != "bits")
-        text = f"{self.name}: weights {formats}; activations {self.activations}; {limits}"
+        fewer = sorted({spec.bits for spec in self.narrower}, reverse=True)
+        activations = f"{self.activations}" + (f" or fewer bits ({', '.join(map(str, fewer))})" if fewer else "")
+        text = f"{self.name}: weights {formats}; activations {activations}; {limits}"
         return f"{text}; priced by {priced}" if priced else text
 
 
@@ -89,7 +93,8 @@ def parse_target(text: str) -> Target:
         weights,
         min((part.activations for part in parts), key=lambda spec: spec.bits),
         tuple(dict.fromkeys(limit for part in parts for limit in part.limits)),
-        tuple(dict.fromkeys(model for part in parts for model in part.cost_models)),
+        models := tuple(dict.fromkeys(model for part in parts for model in part.cost_models)),
+        _narrower(models),
     )
 
 
@@ -98,7 +103,19 @@ def device(name: str) -> Target:
     model = load_model(name)
     kept = model.capabilities(PROBE, (*_MIXED, _SEVEN))
     formats = tuple(spec for spec in kept if spec != _SEVEN or _EIGHT not in kept)
-    return Target(name, formats, _INT8, model.limits(), tuple(dict.fromkeys(("bits", name))))
+    models = tuple(dict.fromkeys(("bits", name)))
+    return Target(name, formats, _INT8, model.limits(), models, _narrower(models))
+
+
+def _narrower(models: Sequence[str]) -> tuple[ActivationSpec, ...]:
+    """Of every width below 8 bits that all machines compute with, min-max ranges and those of least squared error.
+
+    Storage alone computes with none.
+    """
+    machines = [load_model(name) for name in models if name != "bits"]
+    common = set.intersection(*(set(model.activation_bits) for model in machines)) if machines else set()
+    widths = sorted(common - {_INT8.bits}, reverse=True)
+    return tuple(spec for bits in widths for spec in (ActivationSpec(bits), ActivationSpec(bits, calibrator="mse")))
 
 
 def _target(name: str) -> Target:

@@ -21,6 +21,7 @@ from qopt.job.sensitivity import adversarial_noise
 from qopt.job.sensitivity import described as sensitivity_of
 from qopt.job.sharing import Sharing, shared
 from qopt.job.space import build_space, capable
+from qopt.job.widths import with_widths
 from qopt.limits import Limit
 from qopt.lipschitz import NormBound
 from qopt.measure.norms import code_norms
@@ -29,6 +30,7 @@ from qopt.plugins import load
 from qopt.quantize import ROUNDINGS, Applied, AppliedWeights
 from qopt.report.model import EvaluatedPlan, LimitRow, MeasuredPlan, SearchFacts
 from qopt.search.evaluation import Measure, MeasuredStrategy, front, knee
+from qopt.search.greedy import GreedySearch
 from qopt.search.lipschitz import LipschitzSearch
 from qopt.search.quanos import QuanosSearch
 from qopt.search.rows import RowChoices
@@ -79,12 +81,16 @@ def choose(run: Run, journal: Journal | None = None, sharing: Sharing | None = N
     candidates = capable(run, formats)
     if isinstance(strategy, LipschitzSearch):
         candidates = narrowed(run, candidates)
-    space = build_space(run, candidates, measured=strategy.uses_sensitivity)
+    wide = run, build_space(run, candidates, measured=strategy.uses_sensitivity)
+    thresholds = resolve_thresholds(run.options, run.data is not None)
+    widths = with_widths(*wide, thresholds, measured=strategy.uses_sensitivity)
+    run, space = widths.run, widths.space
     filtered = _filter(run, space) if strategy.uses_sensitivity else Filtered(space, 1.0, ())
     run.progress(f"search: {strategy.name}")
     with shared(sharing):
         outcomes = _searched(run, strategy, filtered.space, journal, sharing)
-    entries, outcome = _plans(run, strategy, space, filtered, outcomes), outcomes[0]
+    entries, outcome = _plans(run, strategy, space, filtered, outcomes, widths.reasons), outcomes[0]
+    entries += _wide(*wide, strategy) if run.narrow and _affords_more(run) else []
     journal.propose(entries[0].plan)
     applied, evaluated = _decide(run, entries, journal)
     limit, steepness = lipschitz_limit(run), list[LimitRow]()
@@ -92,7 +98,7 @@ def choose(run: Run, journal: Journal | None = None, sharing: Sharing | None = N
         applied, evaluated, notes, row = _held(run, strategy, limit, (applied, evaluated), journal)
         outcome = replace(outcome, notes=(*outcome.notes, *notes))
         steepness.append(row)
-    outcome = replace(outcome, notes=(*outcome.notes, *spent(run, applied)))
+    outcome = replace(outcome, notes=(*outcome.notes, *widths.said(applied.plan), *spent(run, applied)))
     journal.propose(applied.plan)
     facts = _facts(run, strategy, filtered, outcome, evaluated)
     facts = facts.model_copy(update={"measured": _measured(journal, applied.plan)})
@@ -260,17 +266,20 @@ def _base(run: Run) -> Plan:
     activations = run.target.activations if run.data is not None else FLOAT_ACTIVATION
     data = "" if run.data is None else run.data.digest
     equalised = run.options.equalisation == "on"
-    return uniform(activations=activations, model=run.prepared.digest, data=data, equalisation=equalised)
+    plan = uniform(activations=activations, model=run.prepared.digest, data=data, equalisation=equalised)
+    return plan.with_changes(activations={name: str(spec) for name, spec in run.narrow.items()})
 
 
 def _plans(
-    run: Run, strategy: AnyStrategy, space: Space, filtered: Filtered, outcomes: Sequence[Outcome]
-) -> list[Entry]:
+    run: Run, strategy: AnyStrategy, space: Space, filtered: Filtered, outcomes: Sequence[Outcome],
+    tensors: Mapping[str, str],
+) -> list[Entry]:  # fmt: skip
     """The plans that are measured, the searched one first.
 
     Additive sensitivities mislead where bits are few, and a plan well below the limit can be the better one: unless the
     effort is ``fast``, the search also runs over rows and, unless it is ``normal`` and the network large or the search
-    has measured such plans itself, under tightened limits; at ``max`` the uniform plan joins.
+    has measured such plans itself, under tightened limits; at ``max`` the uniform plan joins. ``tensors`` has the
+    reasons for formats of activations.
     """
     base, measures = _base(run), isinstance(strategy, MeasuredStrategy)
     names = [strategy.name, *(f"{strategy.name}, place {place}" for place in range(2, len(outcomes) + 1))]
@@ -288,9 +297,21 @@ def _plans(
     plans: dict[tuple[WeightSpec, ...], Entry] = {}
     for name, one in found.items():
         weights = {layer: str(spec) for layer, spec in one.specs.items()}
-        plan = base.with_changes(weights=weights, reasons=one.reasons)
+        plan = base.with_changes(weights=weights, reasons={**one.reasons, **tensors})
         plans.setdefault(tuple(one.specs.values()), Entry(name, plan, name in ("rows", "second order")))
     return list(plans.values())
+
+
+def _wide(run: Run, space: Space, strategy: AnyStrategy) -> list[Entry]:
+    """The plan whose activations are all as wide as the target has them, where one keeps the limits: it costs weights
+    some of their bits, and measurement tells which loses less."""
+    with suppress(InfeasibleError):
+        kept = apply_thresholds(space, resolve_thresholds(run.options, run.data is not None)).space
+        one = (GreedySearch() if isinstance(strategy, MeasuredStrategy) else strategy)(kept)
+        weights = {layer: str(spec) for layer, spec in one.specs.items()}
+        plan = _base(run).with_changes(weights=weights, reasons=one.reasons)
+        return [Entry(f"{run.target.activations} activations", plan)]
+    return []
 
 
 def _affords_more(run: Run) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qopt import __version__
 from qopt.cache import Cache, code_digest
-from qopt.config import Options
+from qopt.config import Options, parse_activations
 from qopt.data import Data, Split
 from qopt.errors import DataError, UnsupportedModelError, UsageError, VerificationError
 from qopt.graph.compare import TOLERANCE, matches_onnxruntime
@@ -38,7 +38,6 @@ from qopt.job.verify import verify
 from qopt.measure.network import Normalisation
 from qopt.plan import Plan
 from qopt.quantize import ROUNDINGS, Applied, Quantizer, WeightOnly, whole_batches
-from qopt.spec import ActivationSpec
 from qopt.threat import ThreatModel, declared_threat
 
 
@@ -253,6 +252,7 @@ def _check_needs_no_data(options: Options, prepared: Prepared) -> None:
         "--bias-correction": ("bias correction needs images", options.bias_correction == "on"),
         "--sensitivity": ("the sensitivities are measured on images", options.sensitivity not in ("auto", "error")),
         "--rows": ("formats per output channel are weighed by the inputs of layers", options.rows == "on"),
+        "--activations": ("ranges of activations are observed on images", options.activations not in (None, "float")),
         "--rounding": (f"{ROUNDINGS.get(options.rounding)} needs images", options.rounding in ROUNDINGS),
     }
     for option, (what, asked) in needs.items():
@@ -272,8 +272,10 @@ def _check_twin(prepared: Prepared, quantizer: Quantizer) -> None:
 def _target(options: Options) -> Target:
     target = parse_target(options.target)
     limits = tuple(dict.fromkeys((*target.limits, *options.limits)))
-    activations = ActivationSpec.parse(options.activations) if options.activations else target.activations
-    return replace(target, limits=limits, activations=activations)
+    if options.activations is None:
+        return replace(target, limits=limits)
+    activations, *narrower = parse_activations(options.activations)
+    return replace(target, limits=limits, activations=activations, narrower=tuple(narrower))
 
 
 def _threat(options: Options, prepared: Prepared) -> ThreatModel:
@@ -318,6 +320,7 @@ def _measured(run: Run, choice: Choice, artefact: EmittedFile, reference: Emitte
     for baseline in run.options.baselines:
         table.add_baseline(baseline)
     table.add(OURS, artefact, choice.applied, naive=True)
+    table.compare(reference, artefact)
     if run.options.effort != "fast":
         table.sweep = sweep(run, {"float": reference, OURS: artefact})
     return table

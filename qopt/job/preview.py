@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final, final
 
 import torch
 
 from qopt.cache import Cache
 from qopt.documents import Document
+from qopt.hardware.cost_model import LayerDescription
 from qopt.job.optimize import Task, start
 from qopt.job.run import PROBE_STEPS, Progress, Run
 from qopt.job.select import variants
@@ -140,12 +142,21 @@ def _limits(run: Run, candidates: Mapping[str, tuple[WeightSpec, ...]]) -> list[
             if limit.quantity not in model.prices or model.name == "bits" or not all(candidates.values()):
                 continue
             least = sum(
-                min(model.layer_cost(layer, spec)[limit.quantity] for spec in candidates[layer.name])
+                min(
+                    model.layer_cost(at, spec)[limit.quantity]
+                    for at in _at_any_width(run, layer) for spec in candidates[layer.name]
+                )
                 for layer in run.network.layers
-            )
+            )  # fmt: skip
             verdict = "cannot be kept" if least > limit.bound else "can be kept by the layers"
             found.append(f"limit {limit} on {model.name}: at least {readable(limit.quantity, least)}, {verdict}")
     return found
+
+
+def _at_any_width(run: Run, layer: LayerDescription) -> list[LayerDescription]:
+    """The layer on activations of every width that the target offers."""
+    narrower = run.target.narrower if run.data is not None else ()
+    return [layer, *(replace(layer, input_bits=bits) for bits in sorted({spec.bits for spec in narrower}))]
 
 
 def _seconds(run: Run, candidates: Mapping[str, tuple[WeightSpec, ...]], *, measures: bool) -> float | None:

@@ -59,12 +59,13 @@ def check_memory(run: Run) -> None:
 
 def spent(run: Run, applied: AppliedWeights) -> list[str]:
     """One clause per machine with what the plan costs there."""
-    specs = {layer.name: applied.quantized.spec(layer.name) for layer in run.network.layers}
+    network = run.network_of(applied.plan)
+    specs = {layer.name: applied.quantized.spec(layer.name) for layer in network.layers}
     said = []
     for model in run.cost_models:
         if model.name == "bits":
             continue
-        total = model.network_cost(run.network.layers, specs, run.network.steps)
+        total = model.network_cost(network.layers, specs, network.steps)
         said.append(f"on {model.name}: " + ", ".join(_cost(run, quantity, cost) for quantity, cost in total.items()))
     return said
 
@@ -75,11 +76,12 @@ def limit_rows(run: Run, applied: AppliedWeights) -> list[LimitRow]:
     A plan that the user brought is not held to the average of bits that a target's name stands for.
     """
     stored = list(applied.quantized.stored(run.prepared))
-    specs = {layer.name: applied.quantized.spec(layer.name) for layer in run.network.layers}
+    network = run.network_of(applied.plan)
+    specs = {layer.name: applied.quantized.spec(layer.name) for layer in network.layers}
     totals = {"stored": {"bits": code_bits(stored), "size": float(stored_bytes(stored))}}
     for model in run.cost_models:
         if model.name != "bits" and any(limit.quantity in model.totals for limit in run.target.limits):
-            totals[model.name] = dict(model.network_cost(run.network.layers, specs, run.network.steps))
+            totals[model.name] = dict(model.network_cost(network.layers, specs, network.steps))
     return [
         limit_row(limit, machine, total[limit.quantity])
         for limit in run.target.limits

@@ -70,7 +70,7 @@ def row_formats(formats: Sequence[WeightSpec]) -> tuple[WeightSpec, ...]:
 
 
 def _costs(run: Run, layer: Layer, specs: Sequence[WeightSpec]) -> dict[str, NDArray[np.float64]]:
-    prices = [price(run, layer, spec) for spec in specs]
+    prices = [price(run, run.network.layer(layer.name), spec) for spec in specs]
     return {column: np.array([one[column] for one in prices]) / layer.channels for column in prices[0]}
 
 

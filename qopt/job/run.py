@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import final
@@ -25,7 +25,7 @@ from qopt.measure.robustness import BATCH
 from qopt.plan import Plan
 from qopt.quantize import Quantizer, WeightOnly
 from qopt.seeds import derive
-from qopt.spec import FLOAT_ACTIVATION
+from qopt.spec import FLOAT_ACTIVATION, ActivationSpec
 from qopt.threat import ThreatModel
 
 Progress = Callable[[str], None]
@@ -61,6 +61,7 @@ class Run:
         plan: a plan to apply instead of searching, or None.
         unattacked: why only weights are quantized and nothing is attacked, whatever is given; empty for networks with
             a twin.
+        narrow: tensors of activations whose format is another than the target's, with their formats.
         left_out: steps that could not be done, and why; filled on the way.
         warnings: what the user must know; filled on the way.
     """
@@ -76,6 +77,7 @@ class Run:
     progress: Progress
     plan: Plan | None = None
     unattacked: str = ""
+    narrow: Mapping[str, ActivationSpec] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     _adversarial: dict[str, Tensor] = field(default_factory=dict)
@@ -120,12 +122,26 @@ class Run:
 
     @cached_property
     def network(self) -> NetworkDescription:
-        """What cost models are told of the network: activations as wide as the target has them, float without data.
+        """What cost models are told of the network: activations as wide as the run has them, float without data.
 
         A streamed network is not run for the shapes of tensors between its layers.
         """
-        activations = FLOAT_ACTIVATION if self.data is None else self.target.activations
-        return describe(self.prepared, activations.bits, observe=not self.streamed)
+        return self._network(self.narrow)
+
+    def network_of(self, plan: Plan) -> NetworkDescription:
+        """The same with activations as wide as ``plan`` has them."""
+        if self.data is None:
+            return self.network
+        asked = plan.activation_specs(self.quantizer.tensors)
+        narrow = {name: spec for name, spec in asked.items() if spec.bits != self.target.activations.bits}
+        same = {name: spec.bits for name, spec in narrow.items()} == {n: s.bits for n, s in self.narrow.items()}
+        return self.network if same else self._network(narrow)
+
+    def _network(self, narrow: Mapping[str, ActivationSpec]) -> NetworkDescription:
+        bits = FLOAT_ACTIVATION.bits if self.data is None else self.target.activations.bits
+        values = self.quantizer.tensors if narrow else {}
+        differ = {value: spec.bits for name, spec in narrow.items() for value in values[name]}
+        return describe(self.prepared, bits, differ, observe=not self.streamed)
 
     def seed(self, *names: str | int) -> int:
         """The seed for one use of chance."""

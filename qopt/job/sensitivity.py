@@ -84,11 +84,7 @@ def divergences(run: Run, candidates: Mapping[str, tuple[WeightSpec, ...]]) -> S
     if form not in ("divergence", "clean-divergence"):
         return {}
     run.progress("sensitivity of every layer and format")
-    clean, adversarial = probe_images(run, "calibrate")
-    images = clean
-    if adversarial is not None and form == "divergence":
-        images = _hardest(clean, adversarial, withstood(run, "calibrate"))
-    images = images[: affordable_images(run.prepared, candidates)]
+    images = sensitivity_images(run, affordable_images(run.prepared, candidates))
     pairs = [(name, spec) for name, specs in candidates.items() for spec in specs]
     key = {
         "model": run.prepared.digest, "images": digest_arrays(images.numpy()), "pairs": [[n, str(s)] for n, s in pairs],
@@ -104,7 +100,16 @@ def divergences(run: Run, candidates: Mapping[str, tuple[WeightSpec, ...]]) -> S
     return {pair: float(value) for pair, value in zip(pairs, values, strict=True)}
 
 
-def affordable_images(prepared: Prepared, candidates: Mapping[str, tuple[WeightSpec, ...]]) -> int:
+def sensitivity_images(run: Run, most: int) -> Tensor:
+    """The images on which divergences are measured, at most so many: in a robust run as hard as float withstands them,
+    where the options do not ask for clean ones."""
+    clean, adversarial = probe_images(run, "calibrate")
+    if adversarial is None or form_of(run) != "divergence":
+        return clean[:most]
+    return _hardest(clean, adversarial, withstood(run, "calibrate"))[:most]
+
+
+def affordable_images(prepared: Prepared, candidates: Mapping[str, Sequence[object]]) -> int:
     """On how many images sensitivities are measured: each version of a layer runs all layers after it, too."""
     after, macs = 0, 0
     for layer in reversed(prepared.layers):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qopt.errors import UsageError
 from qopt.graph.model import Layer
+from qopt.hardware.cost_model import LayerDescription
 from qopt.job.lipschitz_limit import lipschitz_graph, lipschitz_limit, with_operator_norms
 from qopt.job.prices import check_memory, fixed_costs
 from qopt.job.probes import input_moments
@@ -71,15 +72,20 @@ def takes_rows(run: Run, layer: Layer, formats: Sequence[WeightSpec]) -> bool:
     return all(model.capabilities(run.network.layer(layer.name), (mixed,)) for model in run.cost_models)
 
 
-def price(run: Run, layer: Layer, spec: WeightSpec) -> dict[str, float]:
+def price(run: Run, described: LayerDescription, spec: WeightSpec) -> dict[str, float]:
     """All that the cost models of the target ask for a layer in a format, by column; memory while it runs, too."""
-    described, found = run.network.layer(layer.name), dict[str, float]()
+    found = dict[str, float]()
     for model in run.cost_models:
         costs = model.layer_cost(described, spec)
         found |= {column_of(quantity, model.name): cost for quantity, cost in costs.items()}
         if model.knows_memory:
             found[column_of("sram", model.name)] = model.weight_memory(described, spec)
     return found
+
+
+def costs_of(priced: Mapping[str, float]) -> dict[str, float]:
+    """Of a `price` what `Candidate.costs` holds: all but storage."""
+    return {column: cost for column, cost in priced.items() if column not in ("code_bits", "bytes")}
 
 
 def moments_of(run: Run) -> tuple[Moment, ...]:
@@ -101,19 +107,19 @@ def layer_space(run: Run, layer: Layer, formats: tuple[WeightSpec, ...], moment:
     weighted = [None] * len(formats) if moment is None else weighted_errors(run.weights, layer, formats, moment)
     for spec, weighted_error in zip(formats, weighted, strict=True):
         norm_q, error, row_error = candidate_norms(run.weights, layer, spec, run.cache)
-        cost = price(run, layer, spec)
+        cost = price(run, run.network.layer(layer.name), spec)
         relative = error.value / norm.value if norm.value > 0 else 0.0
         candidates.append(
             Candidate(
                 spec=spec,
-                code_bits=cost.pop("code_bits"),
-                bytes=int(cost.pop("bytes")),
+                code_bits=cost["code_bits"],
+                bytes=int(cost["bytes"]),
                 norm=norm_q,
                 error=error,
                 row_error=row_error,
                 weighted=weighted_error,
                 sensitivity=relative**2,
-                costs=cost,
+                costs=costs_of(cost),
             )
         )
     return LayerSpace(layer.name, layer.weights, norm, row_norm, tuple(candidates))

@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from qopt.attacks import predict
 from qopt.measure.network import ArtefactClassifier, TwinClassifier
-from qopt.measure.sensitivity import version_logits
+from qopt.measure.sensitivity import tensor_logits, version_logits
 from qopt.quantize import Quantizer
-from qopt.spec import WeightSpec
+from qopt.spec import ActivationSpec, WeightSpec
 
 LIMIT = 1e4
 """No divergence counts for more than this, so that sums over layers stay finite and comparable."""
@@ -64,6 +64,24 @@ def layer_sensitivities(
     for layer, number, start, logits in version_logits(model, probe.images, versions):
         reference = probe.reference[start : start + len(logits)]
         found[layer, candidates[layer][number]].append(_divergences(_normalised(logits), reference))
+    return {pair: _mean(torch.cat(parts)) for pair, parts in found.items()}
+
+
+def tensor_sensitivities(
+    quantizer: Quantizer, model: TwinClassifier, probe: Probe, candidates: Mapping[str, Sequence[ActivationSpec]]
+) -> dict[tuple[str, ActivationSpec], float]:
+    """Divergence caused by quantizing one tensor of activations alone, for every tensor and each of its candidates.
+
+    ``model`` as in `layer_sensitivities`. A float format has none.
+
+    Raises:
+        PlanError: nothing to calibrate ranges on.
+    """
+    found: dict[tuple[str, ActivationSpec], list[Tensor]] = {}
+    versions = {name: [quantizer.activation(name, spec) for spec in specs] for name, specs in candidates.items()}
+    for name, number, start, logits in tensor_logits(model, probe.images, versions):
+        reference = probe.reference[start : start + len(logits)]
+        found.setdefault((name, candidates[name][number]), []).append(_divergences(_normalised(logits), reference))
     return {pair: _mean(torch.cat(parts)) for pair, parts in found.items()}
 
 

@@ -1,8 +1,8 @@
-"""Predictions under many versions of each layer's weight, without computing again what comes before the layer."""
+"""Predictions under many versions of each weight or activation, without computing again what comes before it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
@@ -25,9 +25,10 @@ Environment = dict[Node, Any]
 
 
 class Measured(NamedTuple):
-    """Logits (images, classes) of the images from ``start`` on, under version ``version`` of the layer's weight."""
+    """Logits (images, classes) of the images from ``start`` on, under version ``version`` of what ``name`` is: the
+    weight of a layer, or a tensor of activations."""
 
-    layer: str
+    name: str
     version: int
     start: int
     logits: Tensor
@@ -51,23 +52,71 @@ def version_logits(
     Raises:
         DataError, ModelError: as `qopt.attacks.predict`.
     """
-    check_images(images)
-    batch, together = _sizes(model, images)
     walk = _Walk(model.graph)
-    for start in range(0, len(images), together):
-        part = images[start : start + together]
-        environments = [
-            walk.environment(_filled(chunk, model.batch)) for chunk in torch.split(model.normalisation(part), batch)
-        ]
+    for go in _goes(model, images, walk):
         for place, node in enumerate(walk.nodes):
             for turn in walk.turns.get(place, ()):
                 for number, values in enumerate(versions(turn.layer)):
                     changed = walk.changed(turn, values)
-                    rows = [walk.finish({**environment, **changed}, place) for environment in environments]
-                    logits = torch.cat(rows)[: len(part)]  # only the last chunk is ever filled up
-                    yield Measured(turn.layer, number, start, check_logits(logits, len(part), start))
-            for environment in environments:
+                    rows = [walk.finish({**environment, **changed}, place) for environment in go.environments]
+                    yield Measured(turn.layer, number, go.start, go.logits(rows))
+            for environment in go.environments:
                 walk.step(environment, node)
+
+
+@torch.no_grad()
+def tensor_logits(
+    model: TwinClassifier, images: Tensor, versions: Mapping[str, Sequence[Callable[[Tensor], Tensor]]]
+) -> Iterator[Measured]:
+    """What ``model`` says of ``images`` with one tensor of activations replaced for all that read it.
+
+    As `version_logits`: each version of a tensor runs only what comes after it.
+
+    Args:
+        model: its graph stays as it is.
+        images: float32 (n, ...) in [0, 1].
+        versions: from a tensor's name, a key of `qopt.passes.annotate.quantizable`, to functions of its values.
+
+    Raises:
+        DataError, ModelError: as `qopt.attacks.predict`.
+    """
+    walk = _Walk(model.graph)
+    for go in _goes(model, images, walk):
+        for place, node in enumerate(walk.nodes):
+            for environment in go.environments:
+                walk.step(environment, node)
+            name = node.meta.get("value", "")
+            for number, change in enumerate(versions.get(name, ()) if node.meta.get("quantize") == name else ()):
+                rows = [walk.finish({**env, node: change(env[node])}, place + 1) for env in go.environments]
+                yield Measured(name, number, go.start, go.logits(rows))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Go:
+    """Images that are taken together.
+
+    Attributes:
+        start: place of the first; ``count``: how many.
+        environments: of every run of them, what is known so far.
+    """
+
+    start: int
+    count: int
+    environments: list[Environment]
+
+    def logits(self, rows: Sequence[Tensor]) -> Tensor:
+        """Those of all runs; only the last is ever filled up."""
+        return check_logits(torch.cat(list(rows))[: self.count], self.count, self.start)
+
+
+def _goes(model: TwinClassifier, images: Tensor, walk: _Walk) -> Iterator[_Go]:
+    check_images(images)
+    batch, together = _sizes(model, images)
+    for start in range(0, len(images), together):
+        part = images[start : start + together]
+        chunks = torch.split(model.normalisation(part), batch)
+        yield _Go(start, len(part), [walk.environment(_filled(chunk, model.batch)) for chunk in chunks])
 
 
 @final

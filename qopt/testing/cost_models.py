@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Final, get_args
 
 from qopt.hardware.checked import CheckedModel
-from qopt.hardware.cost_model import Basis, CostModel, LayerDescription, Live, Step
+from qopt.hardware.cost_model import WIDEST, Basis, CostModel, LayerDescription, Live, Step
 from qopt.spec import WeightSpec
 
 SECONDS: Final = 1e-3
@@ -131,6 +131,10 @@ def _check_layer(model: CheckedModel, layer: LayerDescription, spec: WeightSpec)
     _not_less(model.layer_cost(larger, spec), cost, f"{where}, twice as many inputs")
     longer = replace(layer, macs=2 * layer.macs, inputs=2 * layer.inputs, outputs=2 * layer.outputs)
     _not_less(model.layer_cost(longer, spec), cost, f"{where}, twice as many positions")
+    for bits in model.activation_bits if layer.input_bits == WIDEST else ():
+        narrow = replace(layer, input_bits=bits)
+        if model.capabilities(narrow, (spec,)):
+            _not_less(cost, model.layer_cost(narrow, spec), f"{where}, {WIDEST} bits of activations in place of {bits}")
 
 
 def _not_less(larger: Mapping[str, float], cost: Mapping[str, float], what: str) -> None:

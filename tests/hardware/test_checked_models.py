@@ -35,6 +35,7 @@ class Device:
     totals: Any = None
     constants: Any = None
     name: Any = "device"
+    activation_bits: Any = (8,)
 
     def __post_init__(self) -> None:
         for field, value in {"prices": units("latency"), "totals": units("latency"), "constants": {}}.items():
@@ -141,6 +142,15 @@ WRONG_WORDS = [
     ({"totals": {"area": "mm2"}}, "device, totals: unknown quantity"),
     ({"prices": ["latency"]}, "device, prices: quantities are no mapping to units (got ['latency'])"),
     ({"constants": {"clock": 5.0}}, "device, constants: constants are no mapping to Constant"),
+    (
+        {"activation_bits": 8},
+        "device, activation_bits: not the widths of activations (expected whole numbers of 1 to 8",
+    ),
+    ({"activation_bits": ()}, "device, activation_bits: not the widths"),
+    ({"activation_bits": (4, 8)}, "device, activation_bits: not the widths"),
+    ({"activation_bits": (8, 8)}, "device, activation_bits: not the widths"),
+    ({"activation_bits": (16, 8)}, "device, activation_bits: not the widths"),
+    ({"activation_bits": (8, 0.5)}, "device, activation_bits: not the widths"),
     ({"constants": [1]}, "device, constants: constants are no mapping to Constant"),
 ]
 
@@ -148,8 +158,13 @@ WRONG_WORDS = [
 @pytest.mark.parametrize(("fields", "said"), WRONG_WORDS, ids=lambda v: str(v)[:40])
 def test_wrong_declarations(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(PluginError) as caught:
-        CheckedModel(Device(**fields))
+        _ = CheckedModel(Device(**fields)).activation_bits
     assert str(caught.value).startswith(f"cost model {said}")
+
+
+def test_widths_are_eight_bits_unless_said() -> None:
+    assert CheckedModel(Device()).activation_bits == (8,)
+    assert CheckedModel(Device(activation_bits=[8, 4])).activation_bits == (8, 4)
 
 
 @pytest.mark.parametrize("name", [None, "", 3])

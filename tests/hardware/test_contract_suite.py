@@ -123,6 +123,13 @@ class Backwards(Right):
         return {"latency": 1 / (1 + layer.outputs)}
 
 
+class Upside(Right):
+    activation_bits: ClassVar[tuple[int, ...]] = (8, 4)
+
+    def layer_cost(self, layer: LayerDescription, spec: WeightSpec) -> Mapping[str, float]:
+        return {"latency": layer.macs / layer.input_bits}
+
+
 class Forgetful(Right):
     def network_cost(
         self, layers: Sequence[LayerDescription], specs: Specs, steps: Sequence[Step] = ()
@@ -205,6 +212,7 @@ FAULTS: dict[type[Right], str] = {
     ByName: "depend on the layer's name",
     Shrinking: "twice as many inputs: latency falls",
     Backwards: "twice as many positions: latency falls",
+    Upside: "8 bits of activations in place of 4: latency falls",
     Forgetful: "latency of a network is less than that of its layers",
     Discounting: "steps without weights lower latency",
     Entangled: "what latency is beside the layers depends on their formats",

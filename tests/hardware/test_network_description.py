@@ -62,6 +62,32 @@ def test_the_example_by_hand(fashion: NetworkDescription) -> None:
         fashion.layer("nobody")
 
 
+def test_values_of_fewer_bits_by_hand(fashion_prepared: Prepared, fashion: NetworkDescription) -> None:
+    """What a layer reads and writes, through the ReLU that runs with it; an addition counts as its widest operand."""
+    tensors = Quantizer(fashion_prepared).tensors
+    used = {layer.name: layer.uses[0].input for layer in fashion_prepared.layers}
+    first = used["block1.conv1.weight"]  # the ReLU of the stem, which the first addition reads, too
+    found = describe(fashion_prepared, 8, dict.fromkeys(tensors[first], 4))
+    bits = {layer.name: (layer.input_bits, layer.output_bits) for layer in found.layers}
+    assert bits["stem.weight"] == (8, 4)
+    assert bits["block1.conv1.weight"] == (4, 8)
+    assert {pair for name, pair in bits.items() if name not in ("stem.weight", "block1.conv1.weight")} == {(8, 8)}
+    sums = [step for step in found.steps if step.op == "Add"]
+    assert all(step.bits == 8 for step in sums)
+    live = {tensor.bits for step in found.steps for tensor in step.live}
+    assert live == {4, 8}
+    assert [step.bytes for step in found.steps] == [step.bytes for step in fashion.steps]  # a code takes a byte
+
+
+def test_every_value_of_fewer_bits(fashion_prepared: Prepared) -> None:
+    tensors = Quantizer(fashion_prepared).tensors
+    every = describe(fashion_prepared, 8, {value: 3 for values in tensors.values() for value in values})
+    assert {layer.input_bits for layer in every.layers} == {3}
+    assert {layer.output_bits for layer in every.layers if layer.name != "fc.weight"} == {3}
+    assert every.layer("fc.weight").output_bits == 8  # logits have no codes
+    assert {step.bits for step in every.steps if step.op == "Add"} == {3}
+
+
 def test_float_activations_take_four_times_the_memory(fashion_prepared: Prepared, fashion: NetworkDescription) -> None:
     floats = describe(fashion_prepared, 32)
     widest, codes = peak(floats.steps), peak(fashion.steps)

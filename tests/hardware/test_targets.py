@@ -26,8 +26,11 @@ EXPANSIONS = {
     "bits": f"bits: weights {MIXED}; activations int8; no limits",
     "stm32f4": f"stm32f4: weights {MIXED}; activations int8; {MEMORY}; priced by stm32f4",
     "stm32f4,int4": f"stm32f4,int4: weights {MIXED}; activations int8; {MEMORY}, bits<=4; priced by stm32f4",
-    "int4,bops,energy-45nm": f"int4,bops,energy-45nm: weights {MIXED}; activations int8; bits<=4; priced by bops, "
-    "energy-45nm",
+    "int4,bops,energy-45nm": f"int4,bops,energy-45nm: weights {MIXED}; activations int8 or fewer bits (7, 6, 5, 4, 3, "
+    "2); bits<=4; priced by bops, energy-45nm",
+    "bops,fpga-dsp48e2": f"bops,fpga-dsp48e2: weights {MIXED}; activations int8 or fewer bits (4); no limits; priced "
+    "by bops, fpga-dsp48e2",
+    "bops,stm32f4": f"bops,stm32f4: weights {MIXED}; activations int8; {MEMORY}; priced by bops, stm32f4",
     "x86-avx2": f"x86-avx2: weights {SEVEN}; activations int8; no limits; priced by x86-avx2",
     "x86-avx2,int8": "x86-avx2,int8: weights int7; activations int8; bits<=8; priced by x86-avx2",
     "int8,x86-avx2": "int8,x86-avx2: weights int7; activations int8; bits<=8; priced by x86-avx2",

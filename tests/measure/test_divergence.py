@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from qopt.data import Data
-from qopt.errors import ModelError, VerificationError
-from qopt.measure.divergence import LIMIT, Probe, layer_sensitivities, log_probabilities
+from qopt.errors import ModelError, PlanError, VerificationError
+from qopt.measure.divergence import LIMIT, Probe, layer_sensitivities, log_probabilities, tensor_sensitivities
 from qopt.measure.network import ArtefactClassifier, TwinClassifier
 from qopt.plan import Plan, uniform
 from qopt.quantize import Quantizer
@@ -121,6 +121,34 @@ def test_sensitivities_are_what_quantizing_the_layer_does(
         real = probe.divergence(TwinClassifier(applied.graph, batch=quantizer.prepared.batch))
         assert value == pytest.approx(real, rel=1e-3, abs=1e-12), (layer, str(spec))
         assert value > 0
+
+
+@pytest.mark.parametrize("name", ["conv", "shared", "static"])
+def test_sensitivities_of_activations_are_what_quantizing_the_tensor_does(
+    name: str, networks: dict[str, Quantizer], images: Images, twin_of: TwinOf
+) -> None:
+    prepared = networks[name].prepared
+    quantizer = Quantizer(prepared, images(prepared, 8))
+    model, sample = twin_of(quantizer), images(prepared, 14)
+    probe = Probe.of(model, sample)
+    specs = [ActivationSpec.parse(text) for text in ("int8", "int3", "int3:mse", "int2:p90")]
+    found = tensor_sensitivities(quantizer, model, probe, dict.fromkeys(quantizer.tensors, specs))
+    assert set(found) == {(tensor, spec) for tensor in quantizer.tensors for spec in specs}
+    for (tensor, spec), value in found.items():
+        applied = quantizer.apply(Plan(activations={tensor: str(spec)}))
+        real = probe.divergence(TwinClassifier(applied.graph, batch=prepared.batch))
+        assert value == pytest.approx(real, rel=1e-3, abs=1e-12), (tensor, str(spec))
+    assert all(found[tensor, specs[1]] > found[tensor, specs[0]] > 0 for tensor in quantizer.tensors)
+    assert tensor_sensitivities(quantizer, model, probe, {}) == {}
+
+
+def test_widths_need_images_to_calibrate_on(networks: dict[str, Quantizer], images: Images, twin_of: TwinOf) -> None:
+    quantizer = Quantizer(networks["conv"].prepared)
+    model = twin_of(quantizer)
+    probe = Probe.of(model, images(quantizer.prepared, 4))
+    tensor = next(iter(quantizer.tensors))
+    with pytest.raises(PlanError, match="nothing to calibrate them on"):
+        tensor_sensitivities(quantizer, model, probe, {tensor: [ActivationSpec(4)]})
 
 
 def test_sensitivities_of_the_embedded_example(example: Quantizer, data: Data, twin_of: TwinOf) -> None:

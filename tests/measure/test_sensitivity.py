@@ -67,7 +67,7 @@ def _plain(
 def _fast(model: TwinClassifier, images: torch.Tensor, versions: Versions) -> Found:
     parts: dict[tuple[str, int], list[torch.Tensor]] = {}
     for found in version_logits(model, images, versions):
-        kept = parts.setdefault((found.layer, found.version), [])
+        kept = parts.setdefault((found.name, found.version), [])
         assert found.start == sum(len(part) for part in kept)
         kept.append(found.logits)
     return {key: torch.cat(part) for key, part in parts.items()}

@@ -1,0 +1,192 @@
+"""Fewer bits for activations where a limit prices them: which tensors have how many, before formats are searched."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import final
+
+import numpy as np
+
+from qopt.cache import digest_arrays
+from qopt.job.lipschitz_limit import lipschitz_limit
+from qopt.job.prices import fixed_costs
+from qopt.job.run import Run
+from qopt.job.sensitivity import affordable_images, form_of, sensitivity_images
+from qopt.job.space import costs_of, price
+from qopt.measure.divergence import Probe, tensor_sensitivities
+from qopt.plan import Plan
+from qopt.search.space import Space
+from qopt.search.thresholds import Thresholds, apply_thresholds
+from qopt.search.widths import Costs, TensorSpace, Widths, choose_widths
+from qopt.spec import ActivationSpec, WeightSpec
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Narrowed:
+    """A run whose tensors have the widths that were chosen, its space priced at them, and what is to be said of it.
+
+    ``reasons`` has, by tensor with another format than the target's, why; tensors that are called like a layer are
+    left out, as plans keep both kinds of reasons in one place.
+    """
+
+    run: Run
+    space: Space
+    note: str = ""
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def said(self, plan: Plan) -> list[str]:
+        """Of the plan that was chosen in the end."""
+        stays = f"; measured, the plan with all at {self.run.target.activations} lost less"
+        return [self.note + (stays if self.run.narrow and not plan.activations else "")] if self.note else []
+
+
+def with_widths(run: Run, space: Space, thresholds: Thresholds, *, measured: bool) -> Narrowed:
+    """Choose the widths together with formats of the weights that the thresholds leave, and price the space at them.
+
+    Everything stays as it is where the target offers one width, where no limit is on what fewer bits save, and where
+    sensitivities of weights are not the divergences that those of activations are (``measured``: the strategy uses
+    sensitivities at all).
+
+    Raises:
+        InfeasibleError: no plan keeps the limits, whatever the widths.
+    """
+    readers = _readers(run) if run.data is not None and run.target.narrower else {}
+    costs = _costs(run, space, readers)
+    if not readers or not _rewarded(space, costs):
+        asked = run.options.activations is not None and bool(run.target.narrower)
+        note = f"no limit is on what fewer bits of activations save: they stay {run.target.activations}"
+        return Narrowed(run, space, note if asked else "")
+    if not measured or form_of(run) not in ("divergence", "clean-divergence") or lipschitz_limit(run) is not None:
+        note = f"activations stay {run.target.activations}: their widths are chosen by divergences alone, which this "
+        return Narrowed(run, space, f"{note}search or sensitivity does not use, and under no limit on lipschitz")
+    least = _at_least(run, space, readers, costs)
+    kept = apply_thresholds(least, thresholds).space
+    table = _sensitivities(run, space, readers)
+    tensors = [
+        TensorSpace(name, layers, {spec: table[name, spec] for spec in _offered(run)})
+        for name, layers in readers.items()
+    ]
+    found = choose_widths(kept, tensors, costs)
+    narrow = {name: spec for name, spec in found.specs.items() if spec != run.target.activations}
+    other, first, layers = replace(run, narrow=narrow), run.target.activations, {layer.layer for layer in space.layers}
+    reasons = {
+        name: f"divergence {table[name, spec]:.3g} alone ({first} {table[name, first]:.3g}), read by "
+        + ", ".join(readers[name])
+        for name, spec in narrow.items() if name not in layers
+    }  # fmt: skip
+    return Narrowed(other, _repriced(other, space), _account(run, found), reasons)
+
+
+def _offered(run: Run) -> tuple[ActivationSpec, ...]:
+    return tuple(dict.fromkeys((run.target.activations, *run.target.narrower)))
+
+
+def _readers(run: Run) -> dict[str, tuple[str, ...]]:
+    """Tensor to the layers that read its codes; those that no layer reads are absent."""
+    carried = {value: name for name, values in run.quantizer.tensors.items() for value in values}
+    found: dict[str, dict[str, None]] = {}
+    for layer in run.prepared.layers:
+        for use in layer.uses:
+            if use.input in carried:
+                found.setdefault(carried[use.input], {})[layer.name] = None
+    return {name: tuple(layers) for name, layers in found.items()}
+
+
+def _costs(run: Run, space: Space, readers: Mapping[str, Sequence[str]]) -> Costs:
+    """What every candidate costs at every width; what a layer writes counts as wide as it can be."""
+    reading = {name for layers in readers.values() for name in layers}
+    found: dict[tuple[str, int], dict[WeightSpec, Mapping[str, float]]] = {}
+    for layer in space.layers:
+        specs = [candidate.spec for candidate in layer.candidates]
+        described = run.network.layer(layer.layer)
+        for bits in sorted({spec.bits for spec in _offered(run)}) if layer.layer in reading else ():
+            at = replace(described, input_bits=bits)
+            taken = [s for s in specs if all(model.capabilities(at, (s,)) for model in run.cost_models)]
+            found[layer.layer, bits] = {spec: price(run, at, spec) for spec in taken}
+        if layer.layer not in reading:
+            found[layer.layer, 0] = {spec: price(run, described, spec) for spec in specs}
+    return found
+
+
+def _rewarded(space: Space, costs: Costs) -> bool:
+    """Whether a limit is on something that any layer spends less of at fewer bits."""
+    columns = {row.column for row in space.rows()}
+    by_layer: dict[str, list[Mapping[WeightSpec, Mapping[str, float]]]] = {}
+    for (name, _), priced in costs.items():
+        by_layer.setdefault(name, []).append(priced)
+    return any(
+        len({priced[spec].get(column) for priced in widths if spec in priced}) > 1
+        for widths in by_layer.values() for spec in widths[0] for column in columns
+    )  # fmt: skip
+
+
+def _at_least(run: Run, space: Space, readers: Mapping[str, Sequence[str]], costs: Costs) -> Space:
+    """The space as cheap as any width makes it: what thresholds must leave a plan of."""
+    reading = {name for layers in readers.values() for name in layers}
+    fewest = min(spec.bits for spec in _offered(run))
+    layers = tuple(
+        replace(
+            layer,
+            candidates=tuple(
+                replace(c, costs=costs_of(costs[layer.layer, fewest][c.spec])) if layer.layer in reading else c
+                for c in layer.candidates if layer.layer not in reading or c.spec in costs[layer.layer, fewest]
+            ),
+        )
+        for layer in space.layers
+    )  # fmt: skip
+    return replace(space, layers=layers)
+
+
+def _sensitivities(
+    run: Run, space: Space, readers: Mapping[str, Sequence[str]]
+) -> Mapping[tuple[str, ActivationSpec], float]:
+    """What each format of each tensor alone does to the predictions, in nats, on the images of the weights'; cached."""
+    run.progress("sensitivity of every tensor and width")
+    offered = _offered(run)
+    reading = {name for layers in readers.values() for name in layers}
+    versions = {layer.layer: offered if layer.layer in reading else () for layer in space.layers}
+    images = sensitivity_images(run, affordable_images(run.prepared, versions))
+    pairs = [(name, spec) for name in readers for spec in offered]
+    key = {
+        "model": run.prepared.digest, "images": digest_arrays(images.numpy()), "pairs": [[n, str(s)] for n, s in pairs],
+        "normalisation": [run.options.mean, run.options.std],
+        "calibration": digest_arrays(_calibration(run)),
+    }  # fmt: skip
+
+    def compute() -> dict[str, np.ndarray]:
+        probe, twin = Probe.of(run.float_twin, images), run.float_twin
+        found = tensor_sensitivities(run.quantizer, twin, probe, dict.fromkeys(readers, offered))
+        return {"values": np.array([found[pair] for pair in pairs])}
+
+    values = run.cache.arrays("tensor-sensitivities", key, compute)["values"]
+    return {pair: float(value) for pair, value in zip(pairs, values, strict=True)}
+
+
+def _calibration(run: Run) -> np.ndarray:
+    assert run.quantizer.calibration is not None
+    return np.asarray(run.quantizer.calibration.numpy())
+
+
+def _repriced(run: Run, space: Space) -> Space:
+    """The space at the widths of the run."""
+    layers = []
+    for layer in space.layers:
+        described = run.network.layer(layer.layer)
+        kept = [c for c in layer.candidates if all(m.capabilities(described, (c.spec,)) for m in run.cost_models)]
+        priced = tuple(replace(c, costs=costs_of(price(run, described, c.spec))) for c in kept)
+        layers.append(replace(layer, candidates=priced))
+    formats = {layer.layer: tuple(c.spec for c in layer.candidates) for layer in layers}
+    return replace(space, layers=tuple(layers), fixed=fixed_costs(run, formats))
+
+
+def _account(run: Run, found: Widths) -> str:
+    counts = Counter(str(spec) for spec in found.specs.values())
+    said = ", ".join(f"{count} {spec}" for spec, count in sorted(counts.items()))
+    text = f"formats of the {len(found.specs)} tensors that layers read, chosen with those of the weights: {said}"
+    text += f"; no others lower the summed sensitivity by more than {100 * found.gap:.2f} %"
+    if found.left:
+        text += f"; {len(found.left)} that too many layers read together stay {run.target.activations}"
+    return text
