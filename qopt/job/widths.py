@@ -53,30 +53,32 @@ def with_widths(run: Run, space: Space, thresholds: Thresholds, *, measured: boo
     Raises:
         InfeasibleError: no plan keeps the limits, whatever the widths.
     """
-    readers = _readers(run) if run.data is not None and run.target.narrower else {}
+    if run.data is None or not run.target.narrower:
+        return Narrowed(run, space)
+    readers, first = _readers(run), run.target.activations
     costs = _costs(run, space, readers)
-    if not readers or not _rewarded(space, costs):
-        asked = run.options.activations is not None and bool(run.target.narrower)
-        note = f"no limit is on what fewer bits of activations save: they stay {run.target.activations}"
+    if not _rewarded(space, costs):
+        asked = run.options.activations is not None
+        note = f"no limit is on what fewer bits of activations save: they stay {first}"
         return Narrowed(run, space, note if asked else "")
     if not measured or form_of(run) not in ("divergence", "clean-divergence") or lipschitz_limit(run) is not None:
-        note = f"activations stay {run.target.activations}: their widths are chosen by divergences alone, which this "
-        return Narrowed(run, space, f"{note}search or sensitivity does not use, and under no limit on lipschitz")
-    least = _at_least(run, space, readers, costs)
-    kept = apply_thresholds(least, thresholds).space
+        note = f"activations stay {first}: their widths are chosen by divergences alone, which this search or "
+        return Narrowed(run, space, f"{note}sensitivity does not use, and under no limit on lipschitz")
+    kept = apply_thresholds(_at_least(run, space, readers, costs), thresholds).space
     table = _sensitivities(run, space, readers)
     tensors = [
         TensorSpace(name, layers, {spec: table[name, spec] for spec in _offered(run)})
         for name, layers in readers.items()
     ]
     found = choose_widths(kept, tensors, costs)
-    narrow = {name: spec for name, spec in found.specs.items() if spec != run.target.activations}
-    other, first, layers = replace(run, narrow=narrow), run.target.activations, {layer.layer for layer in space.layers}
+    narrow = {name: spec for name, spec in found.specs.items() if spec != first}
+    layers = {layer.layer for layer in space.layers}
     reasons = {
         name: f"divergence {table[name, spec]:.3g} alone ({first} {table[name, first]:.3g}), read by "
         + ", ".join(readers[name])
         for name, spec in narrow.items() if name not in layers
     }  # fmt: skip
+    other = replace(run, narrow=narrow)
     return Narrowed(other, _repriced(other, space), _account(run, found), reasons)
 
 
