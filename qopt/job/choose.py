@@ -21,7 +21,7 @@ from qopt.job.sensitivity import adversarial_noise
 from qopt.job.sensitivity import described as sensitivity_of
 from qopt.job.sharing import Sharing, shared
 from qopt.job.space import build_space, capable
-from qopt.job.widths import with_widths
+from qopt.job.widths import Narrowed, with_widths
 from qopt.limits import Limit
 from qopt.lipschitz import NormBound
 from qopt.measure.norms import code_norms
@@ -81,16 +81,16 @@ def choose(run: Run, journal: Journal | None = None, sharing: Sharing | None = N
     candidates = capable(run, formats)
     if isinstance(strategy, LipschitzSearch):
         candidates = narrowed(run, candidates)
-    wide = run, build_space(run, candidates, measured=strategy.uses_sensitivity)
+    space = build_space(run, candidates, measured=strategy.uses_sensitivity)
     thresholds = resolve_thresholds(run.options, run.data is not None)
-    widths = with_widths(*wide, thresholds, measured=strategy.uses_sensitivity)
+    widths = with_widths(run, space, thresholds, measured=strategy.uses_sensitivity)
     run, space = widths.run, widths.space
     filtered = _filter(run, space) if strategy.uses_sensitivity else Filtered(space, 1.0, ())
     run.progress(f"search: {strategy.name}")
     with shared(sharing):
         outcomes = _searched(run, strategy, filtered.space, journal, sharing)
     entries, outcome = _plans(run, strategy, space, filtered, outcomes, widths.reasons), outcomes[0]
-    entries += _wide(*wide, strategy) if run.narrow and _affords_more(run) else []
+    entries += _alike(widths, strategy) if _affords_more(run) else []
     journal.propose(entries[0].plan)
     applied, evaluated = _decide(run, entries, journal)
     limit, steepness = lipschitz_limit(run), list[LimitRow]()
@@ -302,16 +302,17 @@ def _plans(
     return list(plans.values())
 
 
-def _wide(run: Run, space: Space, strategy: AnyStrategy) -> list[Entry]:
-    """The plan whose activations are all as wide as the target has them, where one keeps the limits: it costs weights
-    some of their bits, and measurement tells which loses less."""
-    with suppress(InfeasibleError):
-        kept = apply_thresholds(space, resolve_thresholds(run.options, run.data is not None)).space
-        one = (GreedySearch() if isinstance(strategy, MeasuredStrategy) else strategy)(kept)
-        weights = {layer: str(spec) for layer, spec in one.specs.items()}
-        plan = _base(run).with_changes(weights=weights, reasons=one.reasons)
-        return [Entry(f"{run.target.activations} activations", plan)]
-    return []
+def _alike(widths: Narrowed, strategy: AnyStrategy) -> list[Entry]:
+    """Plans whose activations all have one format, where they keep the limits."""
+    found, solve = [], GreedySearch() if isinstance(strategy, MeasuredStrategy) else strategy
+    for spec, other in widths.alike.items():
+        with suppress(InfeasibleError):
+            thresholds = resolve_thresholds(other.run.options, has_data=True)
+            one = solve(apply_thresholds(other.space, thresholds).space)
+            weights = {layer: str(format_) for layer, format_ in one.specs.items()}
+            plan = _base(other.run).with_changes(weights=weights, reasons=one.reasons)
+            found.append(Entry(f"all activations {spec}", plan))
+    return found
 
 
 def _affords_more(run: Run) -> bool:

@@ -19,7 +19,7 @@ from qopt.measure.divergence import Probe, tensor_sensitivities
 from qopt.plan import Plan
 from qopt.search.space import Space
 from qopt.search.thresholds import Thresholds, apply_thresholds
-from qopt.search.widths import Costs, TensorSpace, Widths, choose_widths
+from qopt.search.widths import Costs, TensorSpace, Widths, best_in_one, choose_widths
 from qopt.spec import ActivationSpec, WeightSpec
 
 
@@ -29,18 +29,21 @@ class Narrowed:
     """A run whose tensors have the widths that were chosen, its space priced at them, and what is to be said of it.
 
     ``reasons`` has, by tensor with another format than the target's, why; tensors that are called like a layer are
-    left out, as plans keep both kinds of reasons in one place.
+    left out, as plans keep both kinds of reasons in one place. ``alike`` are the same with one format for all tensors:
+    the target's, and the best of the others; sums of sensitivities mislead where bits are few.
     """
 
     run: Run
     space: Space
     note: str = ""
     reasons: Mapping[str, str] = field(default_factory=dict)
+    alike: Mapping[ActivationSpec, Narrowed] = field(default_factory=dict)
 
     def said(self, plan: Plan) -> list[str]:
         """Of the plan that was chosen in the end."""
-        stays = f"; measured, the plan with all at {self.run.target.activations} lost less"
-        return [self.note + (stays if self.run.narrow and not plan.activations else "")] if self.note else []
+        chosen = {name: str(spec) for name, spec in self.run.narrow.items()}
+        other = "" if plan.activations == chosen else "; measured, a plan with one format for all lost less"
+        return [self.note + other] if self.note else []
 
 
 def with_widths(run: Run, space: Space, thresholds: Thresholds, *, measured: bool) -> Narrowed:
@@ -78,8 +81,16 @@ def with_widths(run: Run, space: Space, thresholds: Thresholds, *, measured: boo
         + ", ".join(readers[name])
         for name, spec in narrow.items() if name not in layers
     }  # fmt: skip
+    one = best_in_one(kept, tensors, costs)
+    alike = {first: Narrowed(run, space)} if narrow else {}
+    alike |= {} if one is None else {one: _narrowed(run, space, dict.fromkeys(readers, one))}
+    chosen = _narrowed(run, space, narrow)
+    return replace(chosen, note=_account(run, found), reasons=reasons, alike=alike)
+
+
+def _narrowed(run: Run, space: Space, narrow: Mapping[str, ActivationSpec]) -> Narrowed:
     other = replace(run, narrow=narrow)
-    return Narrowed(other, _repriced(other, space), _account(run, found), reasons)
+    return Narrowed(other, _repriced(other, space))
 
 
 def _offered(run: Run) -> tuple[ActivationSpec, ...]:

@@ -8,7 +8,8 @@ widths. The multiple-choice knapsack of those decisions is solved as that of for
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 from typing import Final, final
@@ -56,10 +57,12 @@ class TensorSpace:
 class Widths:
     """What was chosen: tensor to format, the gap of the search, and tensors that were left as they were.
 
-    ``gap`` is how far the summed sensitivity of weights and activations can be above the least, as a share of it.
+    ``total`` is the summed sensitivity of weights and activations, ``gap`` how far that can be above the least, as a
+    share of it.
     """
 
     specs: dict[str, ActivationSpec]
+    total: float
     gap: float
     left: tuple[str, ...]
 
@@ -86,9 +89,19 @@ def choose_widths(space: Space, tensors: Sequence[TensorSpace], costs: Costs) ->
         for tensor, spec in zip(group.tensors, group.widths[pick], strict=True)
     }
     left = tuple(tensor.tensor for group in groups for tensor in group.tensors if group.fixed)
-    return Widths(
-        {tensor.tensor: chosen[tensor.tensor] for tensor in tensors}, greedy.gap_of(total(items, picks), bound), left
-    )
+    value = total(items, picks)
+    return Widths({one.tensor: chosen[one.tensor] for one in tensors}, value, greedy.gap_of(value, bound), left)
+
+
+def best_in_one(space: Space, tensors: Sequence[TensorSpace], costs: Costs) -> ActivationSpec | None:
+    """The format that loses least where all tensors have the same one, but not the first; None where none keeps the
+    limits."""
+    found: dict[ActivationSpec, float] = {}
+    for spec in list(tensors[0].sensitivities)[1:] if tensors else []:
+        alike = [replace(one, sensitivities={spec: one.sensitivities[spec]}) for one in tensors]
+        with suppress(InfeasibleError):
+            found[spec] = choose_widths(space, alike, costs).total
+    return min(found, key=found.__getitem__, default=None)
 
 
 Part = tuple[tuple[LayerSpace, ...], tuple[TensorSpace, ...]]

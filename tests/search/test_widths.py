@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qopt.errors import InfeasibleError
 from qopt.limits import Limit
 from qopt.search.space import Candidate, LayerSpace, Space
-from qopt.search.widths import MOST, TensorSpace, Widths, choose_widths, efficient
+from qopt.search.widths import MOST, TensorSpace, Widths, best_in_one, choose_widths, efficient
 from qopt.lipschitz import NormBound
 from qopt.size import Stored
 from qopt.spec import ActivationSpec, WeightSpec
@@ -117,6 +117,19 @@ def test_widths_are_worth_more_than_bits_of_weights_where_activations_are_robust
     assert set(found.specs.values()) == {WIDTHS[1]}
 
 
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 10**6), st.sampled_from(SHAPES), st.floats(0.07, 0.9))
+def test_the_best_format_for_all(seed: int, readers: list[tuple[int, ...]], share: float) -> None:
+    one = Instance(seed, readers, share=share)
+    values = {w: one.best((w,) * len(one.tensors)) for w in WIDTHS[1:]}
+    found = best_in_one(one.space, one.tensors, one.costs)
+    if found is None:
+        assert np.isinf(list(values.values())).all()
+    else:
+        assert values[found] <= min(values.values()) * 1.1  # greedy's gap on four layers
+    assert best_in_one(one.space, [], one.costs) is None
+
+
 def test_formats_that_nothing_takes_at_a_width_are_not_chosen_there() -> None:
     one = Instance(1, [(0,), (1,), (2,), (3,)], share=0.5)
     costs = {key: {s: c for s, c in priced.items() if key[1] == 8} for key, priced in one.costs.items()}
@@ -131,7 +144,7 @@ def test_a_tensor_that_binds_too_many_layers_stays() -> None:
     one = Instance(5, [tuple(range(layers)), (7,)], layers=layers, share=0.5)
     assert len(WIDTHS) ** 2 * len(FORMATS) ** layers > MOST
     found = choose_widths(one.space, one.tensors, one.costs)
-    assert found == Widths(dict.fromkeys(("t0", "t1"), WIDTHS[0]), found.gap, ("t0", "t1"))
+    assert found == Widths(dict.fromkeys(("t0", "t1"), WIDTHS[0]), found.total, found.gap, ("t0", "t1"))
 
 
 @settings(deadline=None)
