@@ -9,7 +9,7 @@ from typing import Any, Literal, final, get_args
 from qopt.errors import PlanError, UsageError, nearest
 from qopt.limits import ROBUST_GATES, Gate, Limit, parse_gate, parse_limit
 from qopt.spec import ActivationSpec, WeightSpec
-from qopt.threat import Norm, ThreatModel, parse_eps
+from qopt.threat import Norm, check_declared, parse_eps
 
 ThresholdForm = Literal["auto", "paper", "relative", "weighted", "none"]
 BiasCorrection = Literal["auto", "on", "off"]
@@ -199,5 +199,5 @@ def resolve_options(
         **fields,
     )
     if radius is not None:
-        ThreatModel(options.norm, radius)
+        check_declared(options.norm, radius)
     return options

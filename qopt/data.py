@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
+from zipfile import is_zipfile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,8 +111,17 @@ def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
                 with archive:
                     return {key: np.asarray(archive[key]) for key in archive.files}
     except Exception as error:  # a truncated or foreign file raises errors of a dozen kinds
+        if not is_zipfile(path):  # what numpy says of it speaks of pickles
+            raise _not_npz(path) from error
         raise DataError("cannot read the data", where=str(path), got=_reason(error)) from error
-    raise DataError("not an .npz archive", where=str(path), expected="the keys " + ", ".join(KEYS))
+    raise _not_npz(path)
+
+
+def _not_npz(path: Path) -> DataError:
+    return DataError(
+        "not an .npz archive", where=str(path), expected="the keys " + ", ".join(KEYS),
+        fix="images in files go into a folder of class folders",
+    )  # fmt: skip
 
 
 def _reason(error: Exception) -> str:
@@ -182,7 +192,8 @@ def _from_arrays(arrays: dict[str, NDArray[Any]], where: str) -> Data:
     if len(splits) > 1:
         raise DataError("the key x beside others", where=where, got=", ".join(arrays), fix="keep x, y or the others")
     ((x, only),) = splits.items()
-    note = f"{x} alone serves calibration, selection and report: the reported accuracies flatter the result"
+    what = "the folder" if x == "x" and Path(where).is_dir() else x
+    note = f"{what} alone serves calibration, selection and report: the reported accuracies flatter the result"
     return Data(only, only, only, (note,))
 
 
@@ -197,7 +208,11 @@ def _split(arrays: dict[str, NDArray[Any]], x: str, y: str, where: str) -> Split
     for key, other in ((x, y), (y, x)):
         if key not in arrays:
             raise DataError(f"{other} without {key}", where=where, expected="images and labels")
-    images, labels = arrays[x], arrays[y].reshape(-1)
+    images, labels = arrays[x], arrays[y]
+    if labels.ndim == 2 and labels.shape[1] > 1 and len(labels) == len(images):
+        got = f"shape {labels.shape}"
+        raise DataError("labels are not one class each", where=f"{where}: {y}", got=got, fix="store y.argmax(1)")
+    labels = labels.reshape(-1)
     if images.ndim < 2 or not images.size:
         raise DataError("no images", where=f"{where}: {x}", expected="(n, c, h, w)", got=str(images.shape))
     if len(images) != len(labels):

@@ -41,6 +41,20 @@ def parse_eps(text: str) -> float:
     return ThreatModel(eps=value).eps
 
 
+def check_declared(norm: Norm, eps: float | None) -> None:
+    """Refuse what nobody means: what `ThreatModel` does not take, and in linf a radius in grey values.
+
+    Raises:
+        UsageError: says which.
+    """
+    ThreatModel(norm, 0.0 if eps is None else eps)
+    if norm == "linf" and eps is not None and eps > 1:
+        raise UsageError(
+            "a linf radius above 1 allows any image, pixels are in [0, 1]", where="--eps", got=f"{eps:g}",
+            fix=f"give {eps:g}/255 if that is in grey values",
+        )  # fmt: skip
+
+
 def declared_threat(norm: Norm, eps: float | None, shape: tuple[int, ...]) -> ThreatModel:
     """What was declared on images of ``shape``; the radius is that of `default_threat` where ``eps`` is None.
 

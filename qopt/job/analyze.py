@@ -27,7 +27,7 @@ from qopt.measure.amplification import layer_activity
 from qopt.measure.loss_changes import FloatLoss, LossChange, loss_changes
 from qopt.report.analysis_report import AnalysisReport
 from qopt.spec import WeightSpec
-from qopt.threat import Norm, ThreatModel
+from qopt.threat import Norm, check_declared
 
 NORMS_NOTE: Final = (
     "only operator l2 and linf bound what a layer does to its input; reshaped, ||Wq|| and ||dW|| are of the weight as "
@@ -79,7 +79,7 @@ class AnalyzeTask:
     input_shape: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        ThreatModel(self.norm, 0.0 if self.eps is None else self.eps)
+        check_declared(self.norm, self.eps)
         if self.images < 1:
             raise UsageError("must be at least 1", where="--images", got=str(self.images))
         _ = self.candidates

@@ -23,7 +23,7 @@ from qopt.measure.robustness import Setting, reach
 from qopt.measure.subject import Subject, open_subject
 from qopt.report.certify_report import CertifyReport, MethodRow
 from qopt.seeds import derive
-from qopt.threat import Norm, ThreatModel, declared_threat
+from qopt.threat import Norm, ThreatModel, check_declared, declared_threat
 
 CHECKED: Final = 3
 """Steps of the attack that certified images must withstand: whoever finds one has found a bug of qopt."""
@@ -68,7 +68,7 @@ class CertifyTask:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        ThreatModel(self.norm, 0.0 if self.eps is None else self.eps)
+        check_declared(self.norm, self.eps)
         if self.images < 1:
             raise UsageError("must be at least 1", where="--images", got=str(self.images))
         if self.method not in METHODS:

@@ -12,7 +12,7 @@ from typing import final
 from qopt.errors import UsageError, nearest
 from qopt.job.compare_examples import METHODS, Method
 from qopt.measure.network import Normalisation
-from qopt.threat import Norm, ThreatModel
+from qopt.threat import Norm, ThreatModel, check_declared
 
 
 @final
@@ -56,7 +56,7 @@ class CompareOptions:
                 raise UsageError("one or more are needed, all different", where=flag, got=str(values))
         if not all(isfinite(kappa) and kappa >= 0 for kappa in self.kappas):
             raise UsageError("kappa must be a finite number, 0 or larger", where="--kappa", got=str(self.kappas))
-        ThreatModel(self.norm, 0.0 if self.eps is None else self.eps)
+        check_declared(self.norm, self.eps)
         Normalisation(self.mean, self.std)
 
     def methods(self, threat: ThreatModel) -> list[Method]:

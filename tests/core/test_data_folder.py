@@ -32,7 +32,7 @@ def test_class_folders(tmp_path: Path) -> None:
     values = np.round(data.report.images[:, 0, 0, 0] * 255).astype(int).tolist()
     assert values == [20, 30, 10, 31, 11, 12]  # classes in the order of names, interleaved
     assert data.report.labels.tolist() == [0, 1, 2, 1, 2, 2]
-    assert data.notes[0].startswith("x alone serves")
+    assert data.notes[0].startswith("the folder alone serves")
 
 
 def test_train_and_test_folders(tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from qopt.config import resolve_options
 from qopt.errors import UsageError
-from qopt.threat import ThreatModel, default_threat, parse_eps
+from qopt.threat import ThreatModel, check_declared, default_threat, parse_eps
 
 EPS = [
     ("0.1", 0.1),
@@ -83,6 +84,25 @@ def test_other_threats_are_refused(fields: dict[str, Any], message: str) -> None
     with pytest.raises(UsageError) as caught:
         ThreatModel(**fields)
     assert str(caught.value) == message
+
+
+def test_a_radius_in_grey_values_is_refused_where_it_is_declared() -> None:
+    with pytest.raises(UsageError) as caught:
+        check_declared("linf", 8.0)
+    assert str(caught.value) == (
+        "--eps: a linf radius above 1 allows any image, pixels are in [0, 1] (got 8); give 8/255 if that is in grey "
+        "values"
+    )
+    for norm, eps in (("linf", 1.0), ("l2", 8.0), ("linf", None), ("l2", 0.0)):
+        check_declared(norm, eps)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="finite number"):
+        check_declared("l2", float("nan"))
+
+
+@pytest.mark.parametrize("words", [{"eps": 8}, {"eps": "8"}, {"eps": 1.5, "norm": "linf"}])
+def test_the_main_job_refuses_it(words: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"give .*/255"):
+        resolve_options(**words)
 
 
 @pytest.mark.parametrize(("channels", "written"), [(1, "linf 0.1"), (3, "linf 8/255"), (784, "linf 8/255")])
