@@ -13,7 +13,7 @@ demo: .venv/installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
 test: .venv/installed-dev
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not long"
 
 docs: .venv/installed-docs
 	$(BIN)/sphinx-build -W --keep-going -n -q docs build/docs

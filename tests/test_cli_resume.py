@@ -15,6 +15,8 @@ import pytest
 
 from qopt.job.journal import NAME
 
+pytestmark = pytest.mark.long
+
 # a shell that starts tests in the background has them ignore the signal, which Python would inherit
 LISTEN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
 RUN = [sys.executable, "-c", f"{LISTEN}; from qopt.cli import main; main()", "optimize", "model.onnx"]

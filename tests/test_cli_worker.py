@@ -197,6 +197,7 @@ def kill_at_work(worker: Worker, queue: Queue) -> str:
     raise AssertionError(worker.said)
 
 
+@pytest.mark.long
 def test_one_of_two_workers_killed_nothing_is_lost(
     database: str, place: Path, alone: qopt.Bundle, worker: Callable[..., Worker]
 ) -> None:
@@ -241,6 +242,7 @@ def test_one_of_two_workers_killed_nothing_is_lost(
     assert len(trials(database, "again")) == 0
 
 
+@pytest.mark.long
 def test_two_workers_are_as_fast_as_two(database: str) -> None:
     """Evaluations that sleep: the queue's own cost is what may keep two workers from half the time of one."""
     seconds, pieces = {}, [Piece(f"{n}", f"{n}", {"seconds": 1.2}) for n in range(6)]
@@ -277,6 +279,7 @@ class Never:
         raise AssertionError(piece)
 
 
+@pytest.mark.long
 def test_interrupted_workers_give_their_parts_back(place: Path, worker: Callable[..., Worker], tmp_path: Path) -> None:
     """At a journal file on one machine; a run that is interrupted, too, ends for them."""
     url = f"journal:{tmp_path}/queue.log"

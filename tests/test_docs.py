@@ -102,7 +102,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.mark.parametrize("page", RUNNING, ids=named)
+@pytest.mark.parametrize("page", [pytest.param(page, marks=pytest.mark.long) for page in RUNNING], ids=named)
 def test_code_runs(page: Path, example: Path, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(example, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)

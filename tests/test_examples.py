@@ -25,6 +25,7 @@ def run(script: Path, place: Path, *words: str) -> subprocess.CompletedProcess[s
     )
 
 
+@pytest.mark.long
 def test_attack_on_a_foreign_file(examples: Path, tmp_path: Path) -> None:
     done = run(examples / "attack_foreign_onnx.py", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -48,6 +49,7 @@ def test_attack_on_a_foreign_file(examples: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.onnx"))
 
 
+@pytest.mark.long
 def test_custom_cost_model(examples: Path, tmp_path: Path) -> None:
     done = run(examples / "custom_cost_model.py", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -69,6 +71,7 @@ def test_custom_cost_model(examples: Path, tmp_path: Path) -> None:
     assert "board" in refused
 
 
+@pytest.mark.long
 def test_deployment_toolchain(examples: Path, tmp_path: Path) -> None:
     done = run(examples / "deployment_toolchain.py", tmp_path, "delivery")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -90,6 +93,7 @@ def test_deployment_toolchain(examples: Path, tmp_path: Path) -> None:
     assert summary["clean"] == round(100 * float((np.asarray(logits).argmax(1) == labels).mean()), 1)
 
 
+@pytest.mark.long
 def test_a_toolchain_without_a_target_that_passes_says_so(examples: Path, tmp_path: Path) -> None:
     """The gates made unreachable, by a line that a caller could write."""
     script = tmp_path / "strict.py"
