@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from qopt.job.bundle import Bundle
-from qopt.report.markdown import drop, share
 from qopt.report.model import Report
+from qopt.report.numbers import drop, share
 
 WIDE = 200
 """Columns where stdout is no terminal, so that nothing is cut."""

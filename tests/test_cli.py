@@ -87,6 +87,7 @@ def test_right_input_from_start_to_end(place: Path) -> None:
     assert "report   out/report.html" in done.stdout
     assert "attacking the float network" in done.stderr
     assert "mixed images to calibrate on" in done.stderr
+    assert not {"\x1b", "\r"} & set(done.stdout + done.stderr), "no colours and no bars where there is no terminal"
     assert {p.name for p in (place / "out").iterdir()} >= {"model.onnx", "plan.json", "report.md", "manifest.json"}
 
 

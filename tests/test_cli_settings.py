@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import typer
+from onnx import helper, numpy_helper
+from onnx.parser import parse_graph
 from typer.testing import CliRunner
 
 from qopt.cli import app
@@ -144,3 +149,35 @@ def _leaves(name: str, command: Any) -> list[tuple[list[str], Any]]:
     if not hasattr(command, "commands"):
         return [([name], command)]
     return [([name, sub], one) for sub, one in command.commands.items()]
+
+
+@pytest.fixture
+def task(place: Path) -> list[str]:
+    """A command on a network of one layer with images for it."""
+    graph = parse_graph(
+        "one (float[n,1,4,4] x) => (float[n,3] y) <float[16,3] w> { f = Flatten (x) y = MatMul (f, w) }"
+    )
+    weight = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
+    graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), place / "m.onnx")
+    np.savez(place / "d.npz", x_test=np.zeros((40, 1, 4, 4), np.uint8), y_test=np.arange(40) % 3)
+    return ["optimize", "m.onnx", "--data", "d.npz", "--no-cache", "--dry-run", "--json", "--quiet"]
+
+
+@pytest.mark.parametrize(
+    ("file", "words", "holds"),
+    [
+        ("", [], "int8"),
+        ('activations = "int6"\n', [], "int6"),
+        ('activations = "int6"\n', ["--activations", "int5"], "int5"),
+        ("", ["--activations", "int5"], "int5"),
+        ('activations = "int6"\ntarget = "int2"\n', [], "int6"),
+    ],
+)
+def test_a_preset_is_what_neither_the_command_line_nor_the_file_says(
+    place: Path, task: list[str], file: str, words: list[str], holds: str
+) -> None:
+    """The target stands for formats of activations, too; whoever names one means it, whatever the target."""
+    (place / "qopt.toml").write_text(f"[optimize]\n{file}")
+    done = CliRunner().invoke(app, [*task, *words], catch_exceptions=False)
+    assert f"; activations {holds};" in json.loads(done.stdout)["target"]

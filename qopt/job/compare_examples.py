@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qopt.attacks import BIM, CW, FGSM, PGD, SPSA, Classifier, input_gradient
+from qopt.attacks import BIM, CW, FGSM, PGD, SPSA, Classifier
 from qopt.cache import Cache, digest_arrays
 from qopt.measure.network import Normalisation
-from qopt.measure.robustness import BATCH
+from qopt.measure.robustness import BATCH, loss_gradients
 from qopt.measure.subject import Subject
 from qopt.seeds import derive
 from qopt.threat import ThreatModel
@@ -119,9 +119,7 @@ class Bench:
         """Gradients, like the images, of the cross-entropy of the network's twin on the clean images."""
 
         def compute() -> dict[str, NDArray[np.float32]]:
-            parts = zip(torch.split(self.images, BATCH), torch.split(self.labels, BATCH), strict=True)
-            found = [input_gradient(subject.gradients, *part, "cross_entropy") for part in parts]
-            return {"gradients": torch.cat(found).numpy()}
+            return {"gradients": loss_gradients(subject.gradients, self.images, self.labels).numpy()}
 
         return torch.from_numpy(self.cache.arrays("gradients", self._key(subject, outputs), compute)["gradients"])
 

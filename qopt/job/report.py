@@ -14,6 +14,7 @@ from qopt.lipschitz import NormBound
 from qopt.report.model import (
     ActivationRow,
     DataFacts,
+    Drop,
     GateRow,
     LayerRow,
     ModelFacts,
@@ -82,11 +83,17 @@ def build_report(
         kernels=artefact.kernels,
         rows=rows,
         sweep=table.sweep if table else [],
+        amplification=table.amplification if table else None,
+        transfers=table.transfers if table else None,
         masking=table.masking if table else [],
         gates=gates,
         limits=list(choice.limits),
         left_out=run.left_out,
-        warnings=[*_warnings(run, choice, artefact, size), *_saturation_warnings(layers)],
+        warnings=[
+            *_warnings(run, choice, artefact, size),
+            *_image_warnings(run, ours, gates),
+            *_saturation_warnings(layers),
+        ],
     )
 
 
@@ -182,6 +189,25 @@ def _warnings(run: Run, choice: Choice, artefact: EmittedFile, size: SizeFacts) 
     ]
 
 
+def _image_warnings(run: Run, ours: Row | None, gates: list[GateRow]) -> list[str]:
+    """Gates that only more images could decide, and a network that takes its images one by one."""
+    warnings = []
+    drops = {} if ours is None else {"clean_drop": ours.clean_drop, "robust_drop": ours.robust_drop}
+    missed = {gate.gate for gate in gates if not gate.holds}
+    for gate in run.options.active_gates:
+        drop = drops.get(gate.name)
+        if str(gate) in missed and drop is not None and gate.bound is not None and drop.value <= gate.bound:
+            warnings.append(
+                f"gate {gate}: the drop found is within it, but {drop.n} images cannot tell it from {drop.high:.1f} "
+                "points with 95 % confidence; give more of them"
+            )
+    if run.data is not None and run.prepared.batch == 1:
+        warnings.append(
+            "the network takes one image at a time, which makes attacks slow: export it with a free batch axis"
+        )
+    return warnings
+
+
 def _saturation_warnings(layers: list[LayerRow]) -> list[str]:
     """The layers whose products x86 processors without VNNI may saturate."""
     over = [row for row in layers if row.worst_pair_sum is not None and row.worst_pair_sum > SATURATES]
@@ -269,15 +295,20 @@ def _verdict(run: Run, size: SizeFacts, ours: Row | None, gates: list[GateRow], 
         text += f"; {run.unattacked or 'nothing measured on images'}"
         return f"{text}{_broken(broken)}."
     assert ours.clean_drop is not None
-    text += f": clean accuracy {ours.clean.value:.1f} % ({-ours.clean_drop.value:+.1f} points against float)"
+    text += f": clean accuracy {ours.clean.value:.1f} % ({_change(ours.clean_drop)} points against float)"
     if ours.robust is not None and ours.robust_drop is not None:
-        text += f", robust accuracy {ours.robust.value:.1f} % ({-ours.robust_drop.value:+.1f}) at {run.threat}"
+        text += f", robust accuracy {ours.robust.value:.1f} % ({_change(ours.robust_drop)}) at {run.threat}"
         text += ", gradients masked" if ours.masking == "masked" else ""
     failed = [gate.gate for gate in gates if not gate.holds]
     if not gates:
         return f"{text}{_broken(broken)}."
     text += "; " + (f"gates fail: {', '.join(failed)}" if failed else "every gate holds")
     return f"{text}{_broken(broken)}."
+
+
+def _change(drop: Drop) -> str:
+    """The drop with its sign turned, and no sign before a zero but ``+``."""
+    return f"{round(-drop.value, 1) + 0.0:+.1f}"
 
 
 def _broken(limits: list[str]) -> str:

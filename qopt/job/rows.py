@@ -12,13 +12,15 @@ from torch import Tensor
 from qopt.attacks import PGD, Finding, accuracy_vector, verdict
 from qopt.config import parse_baseline
 from qopt.job.artefact import Artefact, build_artefact
+from qopt.job.errors_along import errors_along
 from qopt.job.run import Run
+from qopt.job.transfers import ATTACK, Attacked, attacked, transfers
 from qopt.measure.network import TwinClassifier
 from qopt.measure.robustness import BATCH, Scores, Setting, attack_artefact, attack_float, masking_findings, white_box
 from qopt.passes.insert_activation_quantizers import set_gradient
 from qopt.plan import uniform
 from qopt.quantize import Applied
-from qopt.report.model import Drop, MaskingRow, Row, Share, SweepLine
+from qopt.report.model import Drop, ErrorAmplification, MaskingRow, Row, Share, SweepLine, Transfers
 from qopt.size import code_bits
 from qopt.statistics import accuracy_interval, paired_difference
 
@@ -43,12 +45,18 @@ class Table:
         rows: finished rows.
         sweep: accuracy against the radius, where that was asked for (`qopt.job.sweep`).
         masking: finished findings.
+        attacked: the networks that were attacked, by the names of their rows, each with its examples and gradients.
+        amplification: errors along the network, once `compare` was called.
+        transfers: the attacked networks against each other, likewise.
     """
 
     run: Run
     rows: list[Row] = field(default_factory=list)
     sweep: list[SweepLine] = field(default_factory=list)
     masking: list[MaskingRow] = field(default_factory=list)
+    attacked: dict[str, Attacked] = field(default_factory=dict)
+    amplification: ErrorAmplification | None = None
+    transfers: Transfers | None = None
 
     def __post_init__(self) -> None:
         assert self.run.data is not None
@@ -66,6 +74,7 @@ class Table:
         adversarial: dict[str, Tensor] = {}
         if self.run.options.robust:
             scores, adversarial = attack_float(artefact.twin, artefact.classifier, self.setting)
+            self.attacked["float"] = Attacked.of(artefact, adversarial[ATTACK.name], self.setting)
         self.reference = Reference(clean, scores, adversarial)
         self.rows.append(self._row("float", 32.0, clean, scores))
 
@@ -77,7 +86,8 @@ class Table:
         if not self.run.options.robust:
             self.rows.append(self._row(name, bits, clean, None))
             return clean, None
-        scores = attack_artefact(artefact.twin, artefact.classifier, self.setting, self.reference.adversarial)
+        scores, made = attack_artefact(artefact.twin, artefact.classifier, self.setting, self.reference.adversarial)
+        self.attacked[name] = attacked(artefact, made, self.setting)
         findings = masking_findings(artefact.twin, scores, self.setting)
         self.rows.append(self._row(name, bits, clean, scores, findings))
         self._record(name, findings)
@@ -92,6 +102,13 @@ class Table:
         artefact = build_artefact(self.run, applied, {})
         few = activations.bits < 8
         self.add(f"uniform {weights}" + (f", activations {activations}" if few else ""), artefact, applied, naive=few)
+
+    def compare(self, plain: Artefact, chosen: Artefact) -> None:
+        """Hold the chosen network against ``plain``, float, layer by layer, and all that were attacked against each."""
+        self.run.progress("errors along the network, and transfers")
+        adversarial = self.reference.adversarial.get(ATTACK.name)
+        self.amplification = errors_along(plain.twin, chosen.twin, self.setting.images, adversarial)
+        self.transfers = transfers(self.attacked, self.setting)
 
     def _add_naive(self, name: str, bits: float, artefact: Artefact, clean: Tensor) -> None:
         plain = TwinClassifier(

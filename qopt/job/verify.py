@@ -24,7 +24,7 @@ from qopt.runtime.process import FreshRun, run_fresh
 from qopt.runtime.session import open_session, run_feeds
 
 IMAGES: Final = 8
-"""Report images that the file is run on."""
+"""Report images that the file is run on; of a graph bound to one batch size, one batch."""
 
 CODES_AGREE: Final = 0.05
 """Largest relative difference of the median image where activations are quantized.
@@ -54,7 +54,7 @@ def verify(run: Run, applied: AppliedWeights, file: EmittedFile, reference: Emit
     A streamed network has none; its weights were compared one by one, so that the fresh process must compute what this
     one does with the file, without folding, and nothing is timed.
 
-    Report images where there are some, else the prepared network's example; at most `IMAGES` of them.
+    Report images where there are some, else the prepared network's example; `IMAGES` of them or one batch.
 
     Raises:
         VerificationError: a layer that the plan quantizes is float in the file, it does not run in a fresh process, or
@@ -96,7 +96,7 @@ def image_difference(got: NDArray[Any], expected: NDArray[Any]) -> float:
 def _feeds(run: Run) -> Feeds:
     if run.data is None:
         return run.prepared.example
-    images = torch.from_numpy(run.data.report.images[: max(IMAGES, run.prepared.batch or 1)].copy())
+    images = torch.from_numpy(run.data.report.images[: run.prepared.batch or IMAGES].copy())
     return {run.prepared.input: whole_batches(run.normalisation(images), run.prepared.batch).numpy()}
 
 

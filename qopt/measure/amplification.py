@@ -3,11 +3,13 @@
 Error amplification is ``||A - A_adv||_2 / ||A||_2`` of Lin, Gan, Han 2019 (Defensive Quantization), eq. 4: the
 activation A of a clean image against that of the adversarial image made from it. The paper shows it at the inputs of
 layers; here it is known at the outputs, too, so that what a layer itself adds can be told from what comes after it.
+The same ratio of one network's activations against another's of the same images is the error of a quantized network.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
 
@@ -18,6 +20,7 @@ from torch.fx import GraphModule, Node
 from qopt.attacks.score import check_images
 from qopt.errors import DataError, ModelError
 from qopt.measure.network import TwinClassifier
+from qopt.passes.nodes import is_layer
 from qopt.passes.watcher import SideBySide
 from qopt.quantize import whole_batches
 
@@ -50,7 +53,9 @@ class LayerActivity:
 
 
 @torch.no_grad()
-def layer_activity(model: TwinClassifier, clean: Tensor, adversarial: Tensor) -> dict[str, LayerActivity]:
+def layer_activity(
+    model: TwinClassifier, clean: Tensor, adversarial: Tensor, other: TwinClassifier | None = None
+) -> dict[str, LayerActivity]:
     """Layer name to its activity; a batch of clean images and the adversarial ones of them are in memory at once.
 
     An activation is taken apart into images where its first axis counts them, or is a multiple of their number; any
@@ -60,6 +65,7 @@ def layer_activity(model: TwinClassifier, clean: Tensor, adversarial: Tensor) ->
         model: a float or quantized twin, its layers marked; stays as it is.
         clean: float32 (n, ...) in [0, 1]; where the graph takes one batch size only, a remainder is left out.
         adversarial: like ``clean``, each made from the image at its place.
+        other: what looks at ``adversarial``, another twin of the same network; None for ``model`` itself.
 
     Raises:
         DataError: images that are none, or that do not pair up.
@@ -72,12 +78,18 @@ def layer_activity(model: TwinClassifier, clean: Tensor, adversarial: Tensor) ->
             "adversarial images that were not made of the clean ones", expected=str(tuple(clean.shape)),
             got=str(tuple(adversarial.shape)),
         )  # fmt: skip
-    found: dict[str, _Sides] = {}
+    found: dict[str, tuple[_Tally, _Tally]] = {}
     pairs = [whole_batches(model.normalisation(images), model.batch) for images in (clean, adversarial)]
     size = model.batch or BATCH
-    for first, second in zip(torch.split(pairs[0], size), torch.split(pairs[1], size), strict=True):
-        _Pair(model.graph, first, second, found).run_all()
-    return {layer: LayerActivity(sides.input.result(), sides.output.result()) for layer, sides in found.items()}
+    graphs = (model.graph, (other or model).graph)
+    for batches in zip(torch.split(pairs[0], size), torch.split(pairs[1], size), strict=True):
+        runs = (_Layers(graph, batch) for graph, batch in zip(graphs, batches, strict=True))
+        for one, two in zip(*runs, strict=True):
+            assert one.layer == two.layer, "twins of the same network have the same layers in the same order"
+            sides = found.setdefault(one.layer, (_Tally(), _Tally()))
+            sides[0].add(one.layer, one.input, two.input, len(batches[0]))
+            sides[1].add(one.layer, one.output, two.output, len(batches[0]))
+    return {layer: LayerActivity(*(tally.result() for tally in sides)) for layer, sides in found.items()}
 
 
 @final
@@ -109,26 +121,32 @@ class _Tally:
 
 
 @final
-class _Sides:
-    def __init__(self) -> None:
-        self.input, self.output = _Tally(), _Tally()
+@dataclass(frozen=True, eq=False)
+class _Use:
+    """One use of a layer on a batch."""
+
+    layer: str
+    input: Tensor
+    output: Tensor
 
 
 @final
-class _Pair(SideBySide):
-    """Runs clean and adversarial images side by side and looks at both sides of every layer."""
+class _Layers(SideBySide):
+    """Runs a batch, and stops at every use of a layer."""
 
-    def __init__(self, graph: GraphModule, clean: Tensor, adversarial: Tensor, found: dict[str, _Sides]) -> None:
-        super().__init__(graph, (clean, adversarial))
-        self._found, self._images = found, len(clean)
+    def __init__(self, graph: GraphModule, batch: Tensor) -> None:
+        super().__init__(graph, (batch,))
+        self._input = self._output = batch
+
+    def __iter__(self) -> Iterator[_Use]:
+        for node in self.graph.nodes:
+            self.step(node)
+            if is_layer(node):
+                yield _Use(node.meta["layer"], self._input, self._output)
 
     def before(self, node: Node) -> None:
-        clean, adversarial = (self.arguments(node, environment)[0] for environment in self.environments)
-        self._sides(node).input.add(node.meta["layer"], clean, adversarial, self._images)
+        self._input = self.arguments(node, self.environments[0])[0]
 
     def layer(self, node: Node, outputs: list[Tensor]) -> list[Tensor]:
-        self._sides(node).output.add(node.meta["layer"], outputs[0], outputs[1], self._images)
+        self._output = outputs[0]
         return outputs
-
-    def _sides(self, node: Node) -> _Sides:
-        return self._found.setdefault(node.meta["layer"], _Sides())

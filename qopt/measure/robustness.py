@@ -100,13 +100,18 @@ def attack_float(
 
 def attack_artefact(
     twin: TwinClassifier, artefact: ArtefactClassifier, setting: Setting, transferred: Mapping[str, Tensor]
-) -> Scores:
-    """Scores of an emitted file: attacked through its twin, judged in ONNX Runtime, float's examples included."""
-    attacked = {attack.name: white_box(attack, twin, artefact, setting) for attack in setting.attacks}
+) -> tuple[Scores, dict[str, Tensor]]:
+    """Scores of an emitted file: attacked through its twin, judged in ONNX Runtime, float's examples included.
+
+    With them its adversarial images by attack, of which those that fool it may have stopped where they first did.
+    """
+    found = {attack.name: reach(attack, twin, artefact, setting) for attack in setting.attacks}
+    attacked = {name: result.correct for name, result in found.items()}
     if transferred:
         scored = [accuracy_vector(artefact, images, setting.labels) for images in transferred.values()]
         attacked["transfer"] = worst_case(scored)
-    return Scores(accuracy_vector(artefact, setting.images, setting.labels), attacked)
+    scores = Scores(accuracy_vector(artefact, setting.images, setting.labels), attacked)
+    return scores, {name: result.adversarial for name, result in found.items()}
 
 
 def white_box(attack: Attack, twin: Classifier, artefact: Classifier, setting: Setting) -> Tensor:
@@ -230,6 +235,12 @@ class _Ahead:
         lead = torch.zeros_like(logits)
         lead[:, self.label] = (logits.amax(1) - logits[:, self.label] + 1.0).detach()
         return logits + lead
+
+
+def loss_gradients(model: Classifier, images: Tensor, labels: Tensor) -> Tensor:
+    """Gradients, like ``images`` (n, ...), of the cross-entropy with ``labels`` (n,)."""
+    parts = zip(torch.split(images, BATCH), torch.split(labels, BATCH), strict=True)
+    return torch.cat([suite.input_gradient(model, *part, "cross_entropy") for part in parts])
 
 
 def masking_findings(twin: TwinClassifier, scores: Scores, setting: Setting) -> list[Finding]:

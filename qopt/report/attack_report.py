@@ -9,8 +9,8 @@ from pydantic import Field
 from qopt.columns import columns
 from qopt.documents import Document, read
 from qopt.errors import UsageError
-from qopt.report.markdown import share
 from qopt.report.model import SCHEMA, Share
+from qopt.report.numbers import share
 from qopt.report.tables import Table
 from qopt.threat import Norm, ThreatModel
 

@@ -21,6 +21,9 @@ NAME: Final = 118
 NUMBER: Final = 62
 """Pixels for the number at the end of a row."""
 
+DOTTED: Final = 40
+"""Points of a curve up to which each is marked."""
+
 Tone = Literal["first", "second", "third", "quiet"]
 """What a mark stands for; the page's colours say how it looks."""
 
@@ -29,7 +32,7 @@ STYLE: Final = """.chart { background: var(--page); font-family: system-ui, sans
 .chart .faint { fill: var(--faint); font-size: 11px; } .chart .number { font-variant-numeric: tabular-nums; }
 .chart .axis { stroke: var(--line); } .chart .range { stroke: var(--ink); stroke-width: 1.5; }
 .chart .path { fill: none; stroke: var(--first); stroke-width: 1.5; stroke-dasharray: 4 3; }
-.chart .curve { fill: none; stroke-width: 2; }
+.chart .curve { fill: none; }
 .chart .first { fill: var(--first); } .chart .second { fill: var(--second); } .chart .third { fill: var(--third); }
 .chart .quiet { fill: var(--faint); } .chart .ring { fill: none; stroke: var(--ink); stroke-width: 2; }
 .chart .stroke-first { stroke: var(--first); } .chart .stroke-second { stroke: var(--second); }
@@ -157,38 +160,45 @@ class Scatter:
 @final
 @dataclass(frozen=True)
 class Curves:
-    """Lines over one axis: name, tone and points (x, y) of each; the y axis ends at ``largest``."""
+    """Lines over one axis: name, tone and points (x, y) of each; the y axis ends at ``largest``.
+
+    Lines that others may hide are wider. ``counted``: x counts things from 1 on. ``form`` is how y is said to those who
+    cannot see it.
+    """
 
     title: str
     x_name: str
     y_name: str
     lines: tuple[tuple[str, Tone, tuple[tuple[float, float], ...]], ...]
     largest: float
+    counted: bool = False
+    form: str = ".1f"
 
     def svg(self) -> str:
         """The picture, `WIDTH` pixels wide."""
         said = "; ".join(
-            f"{name}: {', '.join(f'{y:.1f} at {x:.3g}' for x, y in points)}" for name, _, points in self.lines
+            f"{name}: {', '.join(f'{y:{self.form}} at {x:.3g}' for x, y in points)}" for name, _, points in self.lines
         )
         canvas = _Canvas(self.title, said)
         canvas.legend(tuple((tone, name) for name, tone, _ in self.lines))
         xs = [x for _, _, points in self.lines for x, _ in points]
-        frame = _Frame(canvas, ticks(xs), ticks([0.0, self.largest]))
+        frame = _Frame(canvas, ticks(xs, 1.0 if self.counted else 0.0), ticks([0.0, self.largest]))
         frame.draw(self.x_name, self.y_name)
-        for _, tone, points in self.lines:
-            canvas.add(f'<path class="curve stroke-{tone}" d="{frame.path(points)}"/>')
-            for x, y in (frame.place(*point) for point in points):
-                canvas.add(f'<circle class="{tone}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>')
+        for under, (_, tone, points) in zip(range(len(self.lines) - 1, -1, -1), self.lines, strict=True):
+            canvas.add(f'<path class="curve stroke-{tone}" stroke-width="{2 + 3 * under}" d="{frame.path(points)}"/>')
+            for x, y in (frame.place(*point) for point in points if len(points) <= DOTTED):
+                canvas.add(f'<circle class="{tone}" cx="{x:.1f}" cy="{y:.1f}" r="{3.5 + 1.5 * under}"/>')
         return frame.svg()
 
 
-def ticks(values: Sequence[float]) -> list[float]:
-    """Three to seven round numbers that enclose ``values``."""
+def ticks(values: Sequence[float], least: float = 0.0) -> list[float]:
+    """Two to seven round numbers that enclose ``values``, at least ``least`` apart, which is round itself."""
     low, high = min(values), max(values)
     if not high > low:
         low, high = low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2
     step = 10.0 ** math.floor(math.log10((high - low) / 2))
     step = next(step * factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 5)
+    step = max(step, least)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 

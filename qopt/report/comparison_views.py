@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Final
 
 from qopt.files import write_folder
-from qopt.report.comparison import ActivationShiftRow, Comparison, ExamplesRow, Matrix
+from qopt.report.comparison import ActivationShiftRow, Comparison, ExamplesRow
 from qopt.report.heatmap import HeatMap, number
-from qopt.report.markdown import share
-from qopt.report.tables import Section, Table, page
+from qopt.report.numbers import share
+from qopt.report.tables import Section, Table, matrix_table, page
 
 TITLE: Final = "Networks compared under attack"
 
@@ -75,9 +75,9 @@ def _transfers(found: Comparison) -> Section:
     tables, maps = [], []
     for attack in found.attacks:
         caption = f"{attack.name}, {attack.bound}"
-        tables.append((caption, _matrix_table(found, attack.accuracy, 1, clean)))
         names = ("clean images", *_names(found))
         values = (tuple(clean), *map(tuple, attack.accuracy))
+        tables.append((caption, matrix_table(names, _keys(found), values, 1)))
         maps.append(HeatMap(caption, names, _keys(found), values))
     notes = (
         "Accuracy of the file of the column on examples that were made on the network of the row. "
@@ -109,7 +109,9 @@ def _cosines(found: Comparison) -> Section:
         "Mean cosine, -1 to 1, between the gradients of the loss on clean images. "
         "The diagonal is the share of images whose gradient is neither zero nor infinite.",
     )
-    return Section("Gradients", notes, (("", _matrix_table(found, found.cosines, 2)),), (drawn,), mapped=1)
+    return Section(
+        "Gradients", notes, (("", matrix_table(_names(found), _keys(found), found.cosines, 2)),), (drawn,), mapped=1
+    )
 
 
 def _agreement(found: Comparison) -> Section:
@@ -133,7 +135,9 @@ def _pair(first: float | None, second: float | None) -> str:
 
 
 def _weight_shift(found: Comparison) -> Section:
-    tables = tuple((attack.name, _matrix_table(found, attack.weight_shift, 1)) for attack in found.attacks)
+    tables = tuple(
+        (attack.name, matrix_table(_names(found), _keys(found), attack.weight_shift, 1)) for attack in found.attacks
+    )
     maps = tuple(
         HeatMap(attack.name, _names(found), _keys(found), tuple(map(tuple, attack.weight_shift)))
         for attack in found.attacks
@@ -189,13 +193,6 @@ def _ensemble(found: Comparison) -> Section:
         "answers among them / images not answered wrongly (d_acc).",
     )
     return Section("Ensemble", notes, (("", Table(header, tuple(rows), left=(1,))),))
-
-
-def _matrix_table(found: Comparison, matrix: Matrix, digits: int, clean: list[float] | None = None) -> Table:
-    rows = [(name, *(_shown(v, digits) for v in row)) for name, row in zip(_names(found), matrix, strict=True)]
-    if clean is not None:
-        rows.insert(0, ("clean images", *(number(value, digits) for value in clean)))
-    return Table(("", *_keys(found)), tuple(rows))
 
 
 def _names(found: Comparison) -> tuple[str, ...]:

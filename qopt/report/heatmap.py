@@ -94,7 +94,11 @@ class HeatMap:
         return "\n".join([*parts, "</svg>"])
 
     def _summary(self) -> str:
-        return f"{self.title}: rows {', '.join(self.rows)}; columns {', '.join(self.columns)}"
+        rows = (f"{name}: {', '.join(map(self._shown, row))}" for name, row in zip(self.rows, self.values, strict=True))
+        return f"{self.title}, columns {', '.join(self.columns)}. {'; '.join(rows)}"
+
+    def _shown(self, value: float | None) -> str:
+        return "-" if value is None else number(value, self.digits)
 
     def _column(self, name: str, left: int) -> str:
         return f'<text class="name" x="{left + CELL_WIDTH // 2}" y="42" text-anchor="middle">{plain(name)}</text>'
@@ -103,12 +107,12 @@ class HeatMap:
         place = f'x="{left}" y="{top}" width="{CELL_WIDTH}" height="{CELL_HEIGHT}" rx="3"'
         middle = f'x="{left + CELL_WIDTH // 2}" y="{top + 19}" text-anchor="middle"'
         if value is None:
-            shown, box, kind = "-", f'<rect class="missing" {place}/>', "none"
+            box, kind = f'<rect class="missing" {place}/>', "none"
         else:
             share = min(abs(value) / self.largest, 1.0)
-            shown = number(value, self.digits)
             box = f'<rect class="{"less" if value < 0 else "more"}" {place} fill-opacity="{share:.3f}"/>'
             kind = "turned" if share >= TURN else "value"
+        shown = self._shown(value)
         said = f"{row}, {column}: {shown if value is None else shown + self.unit}"
         return f'<g><title>{plain(said)}</title>{box}<text class="{kind}" {middle}>{shown}</text></g>'
 

@@ -210,6 +210,55 @@ class SweepLine(Document):
 
 
 @final
+class LayerErrors(Document):
+    """How far the output of one layer is from what it should be, relative to its size: the mean over images.
+
+    ``||A - A_adv|| / ||A||`` (Lin, Gan, Han 2019, eq. 4) of an image's output A against that of the adversarial image
+    made from it, in the float network (``attack_float``) and in the chosen one (``attack``); ``||A - A_q|| / ||A||`` of
+    float's output against the chosen network's, on clean images (``clean``) and on adversarial ones (``attacked``).
+    None where nothing was attacked, or where every A is zero.
+    """
+
+    layer: str
+    attack_float: float | None
+    attack: float | None
+    clean: float | None
+    attacked: float | None
+
+
+@final
+class ErrorAmplification(Document):
+    """Errors along the network, layer by layer in its order, on the first ``images`` of the report images.
+
+    Adversarial images are those that PGD made on the float network; all networks look at the same.
+    """
+
+    images: int
+    layers: list[LayerErrors]
+
+
+@final
+class Transfers(Document):
+    """The networks of the table against each other, on the first ``images`` of the attacked ones.
+
+    Attributes:
+        images: how many.
+        networks: their names, in the order of rows and columns.
+        clean: share of the clean images that each gets wrong, in percent.
+        fooled: share of the PGD examples made on the network of the row that the network of the column gets wrong, in
+            percent; images that the former gets wrong from the start are left as they are.
+        cosines: mean cosine between the gradients of two networks' losses on clean images, in [-1, 1]; on the diagonal
+            the share of images whose gradient is neither zero nor infinite.
+    """
+
+    images: int
+    networks: list[str]
+    clean: list[float]
+    fooled: list[list[float]]
+    cosines: list[list[float]]
+
+
+@final
 class MaskingRow(Document):
     """One masking rule on one network."""
 
@@ -286,6 +335,8 @@ class Report(Document):
     kernels: KernelFacts
     rows: list[Row]
     sweep: list[SweepLine] = Field(default_factory=list)
+    amplification: ErrorAmplification | None = None
+    transfers: Transfers | None = None
     masking: list[MaskingRow]
     gates: list[GateRow]
     limits: list[LimitRow] = Field(default_factory=list)

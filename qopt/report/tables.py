@@ -10,6 +10,7 @@ from typing import Final, Protocol, final
 from qopt.columns import columns
 from qopt.report.charts import STYLE as CHART_STYLE
 from qopt.report.heatmap import STYLE as MAP_STYLE
+from qopt.report.heatmap import number
 
 PAGE: Final = """:root { --first: #1d5fbf; --second: #b8500a; --third: #2e7d4f; --good: #1b7a3d; --bad: #b3261e; }
 @media (prefers-color-scheme: dark) {
@@ -19,7 +20,7 @@ body { background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, san
   max-width: 76rem; margin: 2rem auto; padding: 0 1.2rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
 h3 { font-size: .95rem; margin: 1rem 0 .3rem; }
-p { max-width: 50rem; margin: .3rem 0 .8rem; overflow-wrap: anywhere; }
+p, ul { max-width: 50rem; margin: .3rem 0 .8rem; overflow-wrap: anywhere; } ul { padding-left: 1.2rem; }
 .good { color: var(--good); } .bad { color: var(--bad); font-weight: 600; }
 .verdict { font-size: 1.15rem; border-left: 4px solid var(--line); padding: .2rem 0 .2rem .9rem; }
 .verdict.good, .verdict.bad { color: var(--ink); font-weight: 400; }
@@ -102,6 +103,14 @@ class Table:
         return "" if self._is_left(column) else ' class="number"'
 
 
+def matrix_table(
+    rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]], digits: int
+) -> Table:
+    """The numbers of a heat map, each with so many decimal places; ``-`` where there is none."""
+    cells = (tuple("-" if value is None else number(value, digits) for value in row) for row in values)
+    return Table(("", *columns), tuple((name, *row) for name, row in zip(rows, cells, strict=True)))
+
+
 @final
 @dataclass(frozen=True)
 class Section:
@@ -114,6 +123,7 @@ class Section:
         maps: pictures, which a page shows in place of the tables that ``mapped`` counts.
         mapped: how many of the tables, from the first on, have their pictures.
         detail: whether a terminal leaves it out.
+        items: the lines of a list, below all else.
     """
 
     title: str
@@ -122,19 +132,34 @@ class Section:
     maps: tuple[Picture, ...] = ()
     mapped: int = 0
     detail: bool = False
+    items: tuple[str, ...] = ()
+
+    @property
+    def filled(self) -> bool:
+        """Whether there is anything under the title."""
+        return bool(self.notes or self.maps or self.items or any(table.rows for _, table in self.tables))
+
+    @property
+    def pictured(self) -> bool:
+        """Whether pictures are all that it shows."""
+        return bool(self.maps) and not self.tables
 
     def markdown(self) -> str:
         """Headed by ``##``, captions by ``###``."""
         parts = [f"## {self.title}", " ".join(map(_cell, self.notes))]
         parts += [
-            f"### {caption}\n\n{table.markdown()}" if caption else table.markdown() for caption, table in self.tables
+            f"### {caption}\n\n{table.markdown()}" if caption else table.markdown()
+            for caption, table in self.tables
+            if table.rows
         ]
+        parts.append("\n".join(f"- {' '.join(item.split())}" for item in self.items))
         return "\n\n".join(part for part in parts if part)
 
     def text(self) -> str:
         """For terminals of any width; lines of tables are never broken."""
         parts = [f"{self.title}\n{'-' * len(self.title)}", *self.notes]
         parts += [f"{caption}\n{table.text()}" if caption else table.text() for caption, table in self.tables]
+        parts += [f"- {item}" for item in self.items]
         return "\n\n".join(parts)
 
     def html(self) -> str:
@@ -144,7 +169,9 @@ class Section:
         parts += [f'<div class="maps">\n{pictures}\n</div>'] if pictures else []
         for caption, table in self.tables[self.mapped :]:
             parts += [f"<h3>{escape(caption)}</h3>"] if caption else []
-            parts.append(f'<div class="wide">{table.html()}</div>')
+            parts += [f'<div class="wide">{table.html()}</div>'] if table.rows else []
+        items = "\n".join(f"<li>{escape(item)}</li>" for item in self.items)
+        parts += [f"<ul>\n{items}\n</ul>"] if items else []
         return "<section>\n" + "\n".join(parts) + "\n</section>"
 
 

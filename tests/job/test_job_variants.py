@@ -194,19 +194,27 @@ def test_a_module_with_a_shared_layer(tiny_data: Data, robust: bool) -> None:
     assert bundle.report.kernels.floating == 0
 
 
-@pytest.mark.parametrize("calibration", ["clean", "mixed"])
-def test_a_network_that_takes_one_batch_size_only(tmp_path: Path, tiny_data: Data, calibration: str) -> None:
-    """A class token that was folded at batch 4 ties the graph to it; 60 images are no multiple of 7 either."""
+@pytest.mark.parametrize(("batch", "calibration"), [(7, "clean"), (7, "mixed"), (1, "clean")])
+def test_a_network_that_takes_one_batch_size_only(
+    tmp_path: Path, tiny_data: Data, batch: int, calibration: str
+) -> None:
+    """A class token that was folded at its batch ties the graph to it; 60 images are no multiple of 7 either."""
     torch.manual_seed(0)
     path = tmp_path / "static.onnx"
-    path.write_bytes(static_network(7).SerializeToString())
+    path.write_bytes(static_network(batch).SerializeToString())
     bundle = optimize(path, data=tiny_data, robust=True, eps=0.05, gates=(), calibration=calibration, **SMALL)
-    assert bundle.report.model.batch == 7
-    assert bundle.report.kernels.agreement is not None
-    assert bundle.report.kernels.agreement > 0.9
+    report = bundle.report
+    assert report.model.batch == batch
+    assert report.kernels.agreement is not None
+    assert report.kernels.agreement > 0.9
+    assert report.kernels.difference is not None
+    assert any("one image at a time" in text for text in report.warnings) is (batch == 1)
+    assert report.amplification is not None
+    assert report.amplification.images % batch == 0
 
 
 def static_network(batch: int) -> onnx.ModelProto:
+    """Tied to ``batch`` by a token for each image, and to 1 by a view of all pixels, as torch exports some poolings."""
     from onnx import TensorProto, helper, numpy_helper
 
     generator = np.random.default_rng(1)
@@ -215,9 +223,12 @@ def static_network(batch: int) -> onnx.ModelProto:
         return numpy_helper.from_array(generator.normal(size=shape).astype(np.float32) / 4, name)
 
     tensors = [constant("w", 16, 8), constant("v", 8, 3), constant("token", batch, 8)]
-    tensors.append(numpy_helper.from_array(np.array([0, 16]), "flat"))
+    tensors += [
+        numpy_helper.from_array(np.array(entries), f"to{len(entries)}") for entries in ([batch * 16], [batch, 16])
+    ]
     nodes = [
-        helper.make_node("Reshape", ["x", "flat"], ["r"]),
+        helper.make_node("Reshape", ["x", "to1"], ["line"]),
+        helper.make_node("Reshape", ["line", "to2"], ["r"]),
         helper.make_node("MatMul", ["r", "w"], ["h"]),
         helper.make_node("Add", ["h", "token"], ["t"]),
         helper.make_node("Relu", ["t"], ["a"]),

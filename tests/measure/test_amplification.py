@@ -173,6 +173,45 @@ def test_a_quantized_twin(networks: dict[str, Quantizer]) -> None:
         assert coarse[name].output.amplification != plain[name].output.amplification
 
 
+def test_one_network_against_another(network: Network) -> None:
+    """The error of a network whose first layer is a tenth off grows as numpy says; itself against itself has none."""
+    model, clean = model_of(network(LINEAR)), pictures(50, 1, 2, 2)
+    nodes = [node for node in model.graph.graph.nodes if is_layer(node)]
+    w1, w2 = (constant_of(model.graph, weight_source(node)).clone() for node in nodes)
+    moved = w1 + 0.1 * torch.sign(w1)
+    found = layer_activity(model, clean, clean, overwrite(model, w1=moved))
+    hidden = [clean.flatten(1) @ weight.T for weight in (w1, moved)]
+    assert found["w1"].input.amplification == 0.0
+    assert found["w1"].output.amplification == pytest.approx(ratio(*hidden), rel=1e-5)
+    assert found["w2"].input.amplification == pytest.approx(ratio(*(h.relu() for h in hidden)), rel=1e-5)
+    assert found["w2"].output.amplification == pytest.approx(ratio(*(h.relu() @ w2.T for h in hidden)), rel=1e-5)
+    same = layer_activity(model, clean, clean, model)
+    assert {side.amplification for activity in same.values() for side in (activity.input, activity.output)} == {0.0}
+
+
+@pytest.mark.parametrize("name", ["conv", "shared", "static"])
+def test_a_network_against_itself_under_attack_is_the_same_as_alone(networks: dict[str, Quantizer], name: str) -> None:
+    quantizer = networks[name]
+    model = TwinClassifier(quantizer.float_graph, batch=quantizer.prepared.batch)
+    clean = pictures(12, *quantizer.prepared.input_shape)
+    alone = layer_activity(model, clean, nearby(clean))
+    assert layer_activity(model, clean, nearby(clean), copy.deepcopy(model)) == alone
+
+
+def test_a_network_against_its_quantized_twin(networks: dict[str, Quantizer]) -> None:
+    """More bits are nearer, and the network's input is not touched by codes of weights."""
+    quantizer, clean = networks["conv"], pictures(16, 2, 6, 6)
+    plain = TwinClassifier(quantizer.float_graph)
+    errors = {}
+    for bits in (2, 4, 8):
+        plan = Plan.from_json(f'{{"defaults": {{"weights": "int{bits}:tensor:max"}}}}')
+        found = layer_activity(plain, clean, clean, TwinClassifier(quantizer.apply(plan).graph))
+        errors[bits] = [activity.output.amplification or 0.0 for activity in found.values()]
+        assert next(iter(found.values())).input.amplification == 0.0
+    for coarse, middle, fine in zip(*errors.values(), strict=True):
+        assert coarse > middle > fine > 0
+
+
 @pytest.mark.parametrize(
     ("clean", "adversarial", "error", "match"),
     [

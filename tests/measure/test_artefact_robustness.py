@@ -207,7 +207,11 @@ class TestEmbeddedExample:
         artefact_of: ArtefactOf,
     ) -> None:
         artefact = artefact_of(example.prepared, coarse.quantized)
-        scores = attack_artefact(TwinClassifier(coarse.graph), artefact, few, on_float[1])
+        scores, made = attack_artefact(TwinClassifier(coarse.graph), artefact, few, on_float[1])
+        assert set(made) == {"FGSM", "PGD-5"}
+        for name, images in made.items():
+            assert torch.equal(accuracy_vector(artefact, images, few.labels), scores.attacked[name])
+            assert float((images - few.images).abs().max()) <= few.threat.eps + 1e-6
         assert set(scores.attacked) == {"FGSM", "PGD-5", "transfer"}
         assert scores.attacked["PGD-5"].float().mean() < scores.clean.float().mean()
         for name, vector in scores.attacked.items():
@@ -215,7 +219,7 @@ class TestEmbeddedExample:
             assert not (scores.robust & ~vector).any(), name
         transferred = [accuracy_vector(artefact, images, few.labels) for images in on_float[1].values()]
         assert torch.equal(scores.attacked["transfer"], torch.stack(transferred).all(0))
-        assert "transfer" not in attack_artefact(TwinClassifier(coarse.graph), artefact, few, {}).attacked
+        assert "transfer" not in attack_artefact(TwinClassifier(coarse.graph), artefact, few, {})[0].attacked
 
     def test_the_planted_mismatch_of_a_wrong_twin(
         self, coarse: Applied, example: Quantizer, few: Setting, artefact_of: ArtefactOf
@@ -268,7 +272,7 @@ def find_masking(
 ) -> list[Finding]:
     """As the job does: the file attacked through its twin with float's examples, then the rules."""
     twin = TwinClassifier(applied.graph)
-    return masking_findings(twin, attack_artefact(twin, artefact, few, transferred), few)
+    return masking_findings(twin, attack_artefact(twin, artefact, few, transferred)[0], few)
 
 
 def test_masking_without_transfers_leaves_their_rule_out(coarse: Applied, few: Setting) -> None:

@@ -8,9 +8,11 @@ from qopt.report.model import (
     ActivationRow,
     DataFacts,
     Drop,
+    ErrorAmplification,
     EvaluatedPlan,
     GateRow,
     KernelFacts,
+    LayerErrors,
     LayerRow,
     LimitRow,
     MaskingRow,
@@ -23,6 +25,7 @@ from qopt.report.model import (
     SizeFacts,
     SweepLine,
     SweepPoint,
+    Transfers,
 )
 
 
@@ -106,6 +109,18 @@ def full_report() -> Report:
             )
             for name, held in (("float", 70.0), ("qopt", 65.0))
         ],
+        amplification=ErrorAmplification(
+            images=64,
+            layers=[
+                LayerErrors(layer="conv|1", attack_float=0.125, attack=0.13, clean=0.0525, attacked=0.06),
+                LayerErrors(layer="fc", attack_float=0.25, attack=0.3125, clean=0.0775, attacked=None),
+            ],
+        ),
+        transfers=Transfers(
+            images=64, networks=["float", "uniform int4:max, activations int4", "qopt"], clean=[10.0, 12.0, 11.0],
+            fooled=[[35.0, 41.0, 36.0], [21.0, 61.0, 23.0], [30.0, 40.0, 38.0]],
+            cosines=[[1.0, 0.5, 0.75], [0.5, 0.96875, -0.25], [0.75, -0.25, 1.0]],
+        ),
         masking=[MaskingRow(network="qopt", rule="transfer beats\nwhite box", triggered=True, text="70.0 | 61.0")],
         gates=[
             GateRow(gate="clean_drop<=2", found="1.00 points, at most 2.00 at 95 %", holds=True),
@@ -125,7 +140,8 @@ def bare_report(full_report: Report) -> Report:
     """What a run without data reports."""
     return full_report.model_copy(
         update={
-            "robust_accuracy": None, "threat": None, "data": None, "rows": [], "sweep": [], "masking": [], "gates": [],
+            "robust_accuracy": None, "threat": None, "data": None, "rows": [], "sweep": [], "amplification": None,
+            "transfers": None, "masking": [], "gates": [],
             "limits": [],
             "activations": [], "warnings": [], "left_out": [],
             "kernels": KernelFacts(integer=0, floating=2, counts={}),

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qopt.report.charts import NAME, NUMBER, WIDTH, Bar, BarChart, Curves, Point, Scatter, log_ticks, ticks
+from qopt.report.charts import DOTTED, NAME, NUMBER, WIDTH, Bar, BarChart, Curves, Point, Scatter, log_ticks, ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 sizes = st.floats(1e-9, 1e9)
@@ -143,3 +143,21 @@ def test_powers_of_ten_enclose_the_values(values: list[float]) -> None:
     assert found[0] <= min(values) * (1 + 1e-6)
     assert found[-1] >= max(values) * (1 - 1e-6)
     assert all(math.log10(value) == pytest.approx(round(math.log10(value))) for value in found)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9, 22, 53])
+def test_what_is_counted_has_whole_ticks(count: int) -> None:
+    marks = ticks([float(i) for i in range(1, count + 1)], 1.0)
+    assert all(mark == round(mark) for mark in marks)
+    assert marks[0] <= 1
+    assert marks[-1] >= count
+    assert 2 <= len(marks) <= 7
+
+
+@pytest.mark.parametrize("count", [1, DOTTED, DOTTED + 1])
+def test_points_of_curves_are_marked_where_there_is_room(count: int) -> None:
+    points = tuple((float(i), i / count) for i in range(1, count + 1))
+    svg = Curves("t", "x", "y", (("one", "first", points),), 1.0, counted=True, form=".3g").svg()
+    assert len(list(parsed(svg).iter(f"{SVG}circle"))) == (count if count <= DOTTED else 0)
+    assert f"{1 / count:.3g} at 1" in parsed(svg).get("aria-label", "")
+    assert not re.search(r"nan|inf", svg)

@@ -291,7 +291,7 @@ def test_a_cell_says_what_it_is() -> None:
     said = [group.findtext(f"{SVG}title") for group in picture.findall(f"{SVG}g")]
     assert said == ["row 0, A: 1.00 of 1", "row 0, B: -"]
     assert picture.attrib["role"] == "img"
-    assert picture.attrib["aria-label"] == "a title: rows row 0; columns A, B"
+    assert picture.attrib["aria-label"] == "a title, columns A, B. row 0: 1.00, -"
 
 
 @pytest.mark.parametrize("name", ['<a & "b">', "tab\tand\x00\x1bcontrol", "日本語", "x" * 200, "", "]]>"])

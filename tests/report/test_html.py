@@ -14,7 +14,7 @@ import pytest
 
 from qopt.report.html import to_html
 from qopt.report.markdown import to_markdown
-from qopt.report.model import Report
+from qopt.report.model import ErrorAmplification, LayerErrors, Report
 
 LATENCY = {"1": {"float": 6.1e-5, "qopt": 4.2e-3}, "8": {"float": 1.5, "qopt": 0.25}}
 VOID = {"meta", "br", "rect", "path", "circle"}
@@ -60,8 +60,9 @@ def read(page: str) -> Reader:
 def test_every_part_is_there(full_report: Report) -> None:
     assert read(to_html(full_report, LATENCY)).headings == [
         "Setting", "Networks", "Gates and limits", "Attacks", "Accuracy against the size of the attack",
-        "Can the attacks be believed?", "Size, kernels and speed", "Bits along the network", "Spectral norms",
-        "Trade-off", "Layers", "How the plan was found", "Activations", "Left out", "Warnings", "Reproduce",
+        "Can the attacks be believed?", "Transfers and gradients", "Size, kernels and speed", "Bits along the network",
+        "Spectral norms", "Error amplification", "Trade-off", "Layers", "How the plan was found", "Activations",
+        "Left out", "Warnings", "Reproduce",
     ]  # fmt: skip
 
 
@@ -105,7 +106,7 @@ def test_it_needs_nothing_else_and_runs_nothing(full_report: Report) -> None:
 
 def test_every_picture_has_words(full_report: Report) -> None:
     labels = read(to_html(full_report, LATENCY)).labels
-    assert len(labels) == 9
+    assert len(labels) == 13
     assert all(len(label) > 20 for label in labels)
     assert any("float: 61 us" in unescape(label) for label in labels)
     assert any("qopt: 4.2 ms" in label for label in labels)
@@ -158,7 +159,17 @@ def test_nothing_overflows_in_a_browser(full_report: Report, tmp_path: Path, wid
         layers = [row.model_copy(update={"name": f"features.stage.{i}.block.{i}.convolution.weight" * 2})
                   for i, row in enumerate(report.layers * 8)]  # fmt: skip
         rows = [row.model_copy(update={"name": f"{row.name}, {'of a very long kind ' * 4}"}) for row in report.rows]
-        report = report.model_copy(update={"layers": layers, "rows": rows})
+        errors = ErrorAmplification(
+            images=9,
+            layers=[LayerErrors(layer=row.name, attack_float=0.1, attack=0.2, clean=1e-4 * i, attacked=4e3)
+                    for i, row in enumerate(layers)],
+        )  # fmt: skip
+        assert report.transfers is not None
+        networks = [row.name for row in rows]
+        transfers = report.transfers.model_copy(update={"networks": networks})
+        report = report.model_copy(
+            update={"layers": layers, "rows": rows, "amplification": errors, "transfers": transfers}
+        )
     page = to_html(report, LATENCY)
     path = tmp_path / "report.html"
     path.write_text(page.replace("</body>", f"{MEASURE}</body>"))
@@ -178,3 +189,16 @@ def test_nothing_overflows_in_a_browser(full_report: Report, tmp_path: Path, wid
             capture_output=True, timeout=120, check=True,
         )  # fmt: skip
         assert shot.stat().st_size > 20_000
+
+
+def test_the_readme_shows_a_picture_of_the_page() -> None:
+    """Small, as wide as a reader's window, and with words for those who do not see it."""
+    root = Path(__file__).parents[2]
+    text = (root / "README.md").read_text()
+    ((words, name),) = re.findall(r"!\[([^\]]+)\]\(([\w./]+)\)", text)
+    assert len(words) > 40
+    assert len(text.splitlines()) <= 120
+    content = (root / name).read_bytes()
+    assert len(content) < 150_000
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    assert 600 <= int.from_bytes(content[16:20], "big") <= 1000
