@@ -19,13 +19,15 @@ from qopt.emit.integer import integer_parts, runs_on_integers
 from qopt.emit.nbits import DOMAIN, packed_layers, write_packed
 from qopt.errors import VerificationError, nearest
 from qopt.graph.model import Layer, Prepared
+from qopt.graph.names import values
 from qopt.graph.quantized import Quantized
 from qopt.quant import AnyWeight
 from qopt.runtime.patterns import Subgraph
 
 __all__ = ["emit", "runs_on_integers"]
 
-EXPORTER_TRACES = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node", "pkg.onnxscript.rewriter.rule_name")
+EXPORTERS = ("pkg.torch.", "pkg.onnxscript.")
+"""Beginnings of the keys under which exporters note down how they came by a node, a value or the graph."""
 
 
 def emit(
@@ -160,10 +162,11 @@ def _drop_unused_initializers(graph: ir.Graph) -> None:
 
 
 def _drop_exporter_traces(graph: ir.Graph) -> None:
-    """A file that ships carries no stack traces of whoever exported it: they tell paths and fill a tenth of it."""
-    for node in graph:
-        for key in EXPORTER_TRACES:
-            node.metadata_props.pop(key, None)
+    """A file that ships carries no notes of whoever exported it: they tell paths and fill up to a sixth of it."""
+    for holder in (graph, *graph, *values(graph)):
+        notes = holder.metadata_props
+        for key in [key for key in notes if key == "namespace" or key.startswith(EXPORTERS)]:
+            del notes[key]
 
 
 def _check_every_layer(model: ir.Model, prepared: Prepared, quantized: Quantized) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -136,6 +137,29 @@ def test_exporter_traces_are_dropped(network: Prepared, full: Quantized) -> None
     data = to_bytes(emit(network, full))
     assert b"stack_trace" not in data
     assert b"secret.py" not in data
+
+
+NOTES = {
+    "pkg.torch.onnx.name_scopes": "['', 'a']", "pkg.torch.onnx.class_hierarchy": "['Net']", "namespace": ": Net",
+    "pkg.torch.export.ExportedProgram.graph_signature": "inputs", "pkg.onnxscript.rewriter.rule_name": "fuse",
+}  # fmt: skip
+
+
+def test_notes_of_exporters_go_and_those_of_users_stay(network: Prepared, full: Quantized) -> None:
+    """On the graph, on nodes, and on values of all kinds; the prepared network keeps its own."""
+    kept = {"mine": "stays", "pkg.mine": "stays, too", "namespaces": "and this"}
+    network = replace(network, model=network.model.clone())
+    graph = network.model.graph
+    for holder in (graph, graph[0], graph.inputs[0], graph[0].outputs[0]):
+        holder.metadata_props.update(NOTES | kept)
+    model = emit(network, full)
+    for emitted in (model.graph, model.graph[0], model.graph.inputs[0]):
+        found = emitted.metadata_props
+        assert not NOTES.keys() & found.keys()
+    assert kept.items() <= model.graph.metadata_props.items()
+    assert kept.items() <= model.graph.inputs[0].metadata_props.items()
+    assert NOTES.items() <= network.model.graph.metadata_props.items()
+    assert not [key for key in NOTES if key.startswith("pkg.") and key.encode() in to_bytes(model)]
 
 
 def test_every_name_is_given_once(network: Prepared, full: Quantized) -> None:
