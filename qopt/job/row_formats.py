@@ -37,18 +37,22 @@ TAPED_BYTES = 1 << 29
 
 
 def row_choices(run: Run, formats: Mapping[str, Sequence[WeightSpec]]) -> dict[str, RowChoices]:
-    """Layer to the formats among ``formats`` that its rows can have; layers whose inputs have no moment are absent.
+    """Layer to the formats among ``formats`` that its rows can have; layers whose inputs have no moment are absent, and
+    so are those whose rows have no choice.
 
     The codes are those that GPTQ finds on the inputs of the float network, each under its mean-square scale: close to
     what the plan will get, where rounding to nearest would overrate the errors of few bits several times.
     """
+    layers = {layer.name: layer for layer in run.prepared.layers}
+    specs = {name: kept for name in layers if len(kept := row_formats(formats[name])) > 1}
+    if not specs:
+        return {}
     run.progress("divergence of every row and format")
     moments = input_moments(run, centred=True)
-    layers = {layer.name: layer for layer in run.prepared.layers}
-    specs = {name: row_formats(formats[name]) for name in layers if name in moments}
+    specs = {name: kept for name, kept in specs.items() if name in moments}
     changes = {
         name: Change(layers[name].channel_axis, _errors(run, layers[name], kept, moments[name]))
-        for name, kept in specs.items() if kept
+        for name, kept in specs.items()
     }  # fmt: skip
     graph, inputs = run.quantizer.float_graph, _inputs(run, specs)
     fit = TAPED_BYTES // max(taped_bytes(graph, inputs[: run.prepared.batch or 1]), 1)

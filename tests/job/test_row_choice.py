@@ -93,6 +93,20 @@ def test_auto_leaves_rows_alone(options: dict[str, str], example_onnx: Path, fas
     assert not any(row.name.startswith("rows") for row in bundle.report.search.evaluated)
 
 
+@pytest.mark.parametrize(
+    ("target", "rows", "formats"),
+    [("int8", "auto", {"int8"}), ("int8", "on", {"int8"}), ("int4-uniform", "auto", {"int4"}),
+     ("x86-avx2,int8", "auto", {"int7"})],
+)  # fmt: skip
+def test_targets_of_one_format_leave_rows_no_choice(
+    target: str, rows: str, formats: set[str], example_onnx: Path, fashion: Data
+) -> None:
+    """At normal effort, which tries rows: each layer gets the format, and nothing but the rounding is measured."""
+    bundle = qopt.optimize(example_onnx, data=fashion, **(OPTIONS | {"limits": (), "target": target, "rows": rows}))
+    assert set(bundle.plan.weights.values()) == formats
+    assert len({name.split(",")[0] for name in (row.name for row in bundle.report.search.evaluated)}) == 1
+
+
 def test_asked_for_thresholds_filter_rows(example_onnx: Path, fashion: Data) -> None:
     """At a bound of 0.1 no layer may be coarse, and so no row."""
     asked = OPTIONS | {"limits": (), "thresholds": "weighted", "threshold": 0.1, "rows": "on"}
