@@ -62,6 +62,7 @@ def run(*arguments: str | Path, cwd: Path, cache: str = "cache") -> subprocess.C
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_from_start_to_end(place: Path) -> None:
     words = ["model.onnx", "--data", "data.npz", "--eps", "8/255", "--source", "rounded.onnx@4/255"]
     done = run(*words, "--save", "adversarial.npz", "--threads", "1", cwd=place)

@@ -276,6 +276,7 @@ y.tofile(sys.argv[1] + ".out")
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+@pytest.mark.long
 def test_resident_memory_of_a_network_of_30_million_weights(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     size, depth = 2048, 7

@@ -34,6 +34,7 @@ print(json.dumps({"peak": peak - base, "after": after - base, "size": path.stat(
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
+@pytest.mark.long
 def test_loading_holds_no_copy(tmp_path: Path) -> None:
     environment = {**os.environ, "QOPT_STREAMING_PARAMETERS": str(PARAMETERS), "PYTHONPATH": str(BENCHMARKS)}
     done = subprocess.run(

@@ -43,6 +43,7 @@ def test_an_all_float_plan_reproduces_the_model(examples: Path) -> None:
     assert {layer.format for layer in bundle.report.layers} == {"float"}
 
 
+@pytest.mark.long
 def test_the_emitted_plan_gives_the_same_file_again(
     bundle: qopt.Bundle, example_onnx: Path, fashion: Data, tmp_path: Path
 ) -> None:

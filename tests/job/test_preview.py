@@ -15,8 +15,9 @@ from qopt.cli import app
 from qopt.config import resolve_options
 from qopt.data import Data
 from qopt.errors import UsageError
-from qopt.job.optimize import Task
-from qopt.job.preview import Preview, _duration, preview
+from qopt.job.optimize import Task, start
+from qopt.job.preview import Preview, _duration, _work, preview
+from qopt.job.space import capable
 
 
 def seen(model: ir.Model, data: Data | None = None, **options: Any) -> Preview:
@@ -52,13 +53,25 @@ def test_limits_say_what_can_be_reached(example_model: ir.Model) -> None:
     assert "can be kept" in words["flash<=1048576"]
 
 
-def test_time_grows_with_what_is_asked(example_model: ir.Model, fashion: Data) -> None:
+def test_time_is_told_where_there_are_images(example_model: ir.Model, fashion: Data) -> None:
     assert seen(example_model).seconds is None
-    plain = seen(example_model, fashion, attack_images=100)
-    robust = seen(example_model, fashion, robust=True, attack_images=1000)
-    assert plain.seconds is not None
-    assert robust.seconds is not None
-    assert 0 < plain.seconds < robust.seconds
+    found = seen(example_model, fashion, attack_images=100).seconds
+    assert found is not None
+    assert found > 0
+
+
+def test_work_grows_with_what_is_asked(example_model: ir.Model, fashion: Data) -> None:
+    """Multiplications, which no load of the machine changes; seconds are these by the speed of one pass."""
+
+    def work(measures: bool = False, **options: Any) -> float:
+        task = Task(example_model, "example", fashion, resolve_options(calibration="clean", **options))
+        run = start(task, Cache(None), lambda step: None)
+        return _work(run, capable(run, run.target.weights), measures=measures)
+
+    plain, robust = work(attack_images=100), work(robust=True, attack_images=100)
+    assert 0 < plain < robust < work(robust=True, attack_images=1000)
+    assert robust < work(robust=True, attack_images=100, measures=True)
+    assert work(target="int4-uniform") < plain
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(0.2, "1 s"), (75, "75 s"), (600, "10 minutes"), (7200, "2.0 hours")])
