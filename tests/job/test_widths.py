@@ -116,6 +116,16 @@ def test_at_normal_effort_one_format_for_all_is_measured_beside(example_onnx: Pa
     assert all(row.holds for row in found.report.limits)
 
 
+@pytest.mark.parametrize("search", ["exact", "refit", "optuna"])
+def test_every_search_by_divergences_has_them(search: str, example_onnx: Path, fashion: Data) -> None:
+    found = qopt.optimize(
+        example_onnx, data=fashion, target="bops", limits=(f"bops<={LIMIT}",), search=search, evaluations=2,
+        rounding="nearest", bias_correction="off", **QUICK,
+    )  # fmt: skip
+    assert found.plan.activations
+    assert all(row.holds for row in found.report.limits)
+
+
 STAYS = [
     ({"target": "int4", "activations": "int8,int4"}, "no limit is on what fewer bits of activations save"),
     ({"target": "bops", "limits": ("bops<=100M",), "search": "uniform"}, "chosen by divergences alone"),
