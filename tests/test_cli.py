@@ -91,6 +91,7 @@ def test_right_input_from_start_to_end(place: Path) -> None:
     assert {p.name for p in (place / "out").iterdir()} >= {"model.onnx", "plan.json", "report.md", "manifest.json"}
 
 
+@pytest.mark.long
 def test_json_is_one_object_on_stdout(place: Path) -> None:
     done = run("optimize", "model.onnx", "--json", "--quiet", "-o", "out-json", cwd=place)
     assert done.returncode == 0
@@ -100,6 +101,7 @@ def test_json_is_one_object_on_stdout(place: Path) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.long
 def test_a_failed_gate_ends_with_1_and_is_emitted(place: Path) -> None:
     done = run("optimize", "model.onnx", "--data", "data.npz", "--gate", "clean_drop<=0", "-o", "failed", cwd=place)
     assert done.returncode == 1
@@ -149,6 +151,7 @@ def test_wrong_input_is_one_line_the_right_code_and_no_output(
         assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.long
 def test_a_module_pickle_is_refused_with_the_safe_ways(place: Path) -> None:
     import torch
 
@@ -160,6 +163,7 @@ def test_a_module_pickle_is_refused_with_the_safe_ways(place: Path) -> None:
     assert not (place / "wrong").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("debug", [False, True])
 def test_an_internal_error_is_one_line_unless_debugging(place: Path, debug: bool) -> None:
     code = (

@@ -19,6 +19,8 @@ from qopt.graph.to_onnx import module_to_onnx
 from qopt.report.analysis_report import AnalysisReport
 from qopt.runtime.session import to_bytes
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -17,6 +17,8 @@ import pytest
 
 from qopt.cli import main
 
+pytestmark = pytest.mark.long
+
 HEAD = "g (float[n, 1, 6, 6] x) => (float[n, 4] y)"
 GRAPHS = {
     "model": f"{HEAD} {{ c = Conv <pads = [1, 1, 1, 1]> (x, k) a = Relu(c) f = Flatten(a) y = Gemm(f, w) }}",
@@ -62,7 +64,6 @@ def run(*arguments: str | Path, cwd: Path, cache: str = "cache") -> subprocess.C
     )  # fmt: skip
 
 
-@pytest.mark.long
 def test_from_start_to_end(place: Path) -> None:
     words = ["model.onnx", "--data", "data.npz", "--eps", "8/255", "--source", "rounded.onnx@4/255"]
     done = run(*words, "--save", "adversarial.npz", "--threads", "1", cwd=place)

@@ -15,6 +15,8 @@ from torch import nn
 from qopt.graph.to_onnx import module_to_onnx
 from qopt.runtime.session import to_bytes
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

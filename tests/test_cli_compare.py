@@ -22,6 +22,8 @@ from qopt.job.compare import compare
 from qopt.report.comparison import Comparison
 from qopt.report.comparison_views import text
 
+pytestmark = pytest.mark.long
+
 
 @dataclass(frozen=True)
 class Done:

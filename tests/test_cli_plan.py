@@ -14,6 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qopt.plan import Plan
 
+pytestmark = pytest.mark.long
+
 
 def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -54,7 +56,6 @@ def test_show_and_diff(place: Path) -> None:
     assert (other.returncode, other.stdout) == (1, "- weights.first  int4\n+ weights.first  int4:block16\n")
 
 
-@pytest.mark.long
 def test_apply_writes_what_the_plan_says_and_shows_the_folder(place: Path) -> None:
     done = run("plan", "apply", "edited.json", "model.onnx", "-q", "-o", "out", cwd=place)
     assert done.returncode == 0, done.stderr

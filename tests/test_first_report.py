@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.long
+
 CLASSES = ("cat", "dog", "fish")
 
 MAKE = """

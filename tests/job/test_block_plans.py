@@ -15,6 +15,8 @@ from qopt.errors import PlanError
 from qopt.graph.prepare import prepare
 from qopt.plan import Plan
 
+pytestmark = pytest.mark.long
+
 FITTING = (72, 36, 24, 16, 12, 9, 8)
 FORMATS = ("int4:block{}", "int4:asym", "int3:block{}:asym", "ternary:block{}", "log4:block{}:max")
 

@@ -16,6 +16,8 @@ from qopt.hardware.describe import describe
 from qopt.limits import parse_limit
 from qopt.spec import WeightSpec
 
+pytestmark = pytest.mark.long
+
 QUICK: dict[str, Any] = {"effort": "fast", "probe_images": 32, "calibration_images": 64, "baselines": ()}
 
 

@@ -23,6 +23,8 @@ import qopt
 from qopt.errors import QoptError, UsageError
 from qopt.job.doctor import Diagnosis, diagnose, show_diagnosis
 
+pytestmark = pytest.mark.long
+
 NETS = """
 import torch
 from torch import nn

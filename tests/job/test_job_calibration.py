@@ -18,6 +18,8 @@ from qopt.job.optimize import Task, start
 from qopt.job.run import Run
 from qopt.measure.network import predictions
 
+pytestmark = pytest.mark.long
+
 COUNT = 48
 FEW: dict[str, Any] = {"calibration_images": COUNT, "probe_images": 16, "eps": "0.1", "baselines": ()}
 

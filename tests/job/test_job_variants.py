@@ -18,6 +18,8 @@ from qopt.job.gates import judge
 from qopt.limits import Gate
 from qopt.report.model import Drop, Row, Share
 
+pytestmark = pytest.mark.long
+
 SMALL: dict[str, Any] = {"attack_images": 40, "probe_images": 32, "calibration_images": 64, "baselines": ()}
 
 

@@ -18,6 +18,8 @@ from qopt.errors import VerificationError
 from qopt.graph.model import Layer
 from qopt.plan import Plan
 
+pytestmark = pytest.mark.long
+
 Floats = NDArray[np.float32]
 QUICK: dict[str, Any] = {"baselines": (), "bias_correction": "off"}
 

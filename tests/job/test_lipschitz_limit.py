@@ -32,6 +32,8 @@ from qopt.search.items import build_items
 from qopt.search.potentials import Edge, Node
 from qopt.search.space import Space
 
+pytestmark = pytest.mark.long
+
 HEADER = '<ir_version: 10, opset_import: ["": 21]>\nnet '
 
 NETWORKS = {

@@ -31,6 +31,8 @@ from qopt.search.quanos import QuanosSearch
 from qopt.size import stored_bytes
 from qopt.spec import WeightSpec
 
+pytestmark = pytest.mark.long
+
 FEW = Options(
     robust=True, probe_images=32, calibration_images=64, baselines=(), limits=(Limit("bits", 3.0),), effort="fast",
     rows="off", evaluations=5,

@@ -23,6 +23,8 @@ from qopt.search.pieces import Piece
 from qopt.search.queue import LIMIT, Claim, Queue
 from qopt.search.storage import close, journal_path, open_storage, shown
 
+pytestmark = pytest.mark.long
+
 ABOUT = {"conditions": "c", "version": "1"}
 SERVE = """
 import sys, time

@@ -25,6 +25,8 @@ from qopt.quant import quantize_weight
 from qopt.quant.gptq import as_rows
 from qopt.spec import WeightSpec
 
+pytestmark = pytest.mark.long
+
 OPTIONS: dict[str, Any] = {
     "calibration_images": 128, "probe_images": 64, "baselines": (), "limits": ("bits<=2.5",), "activations": "float",
 }  # fmt: skip

@@ -18,6 +18,8 @@ from qopt.errors import PlanError
 from qopt.graph.prepare import prepare
 from qopt.plan import Plan
 
+pytestmark = pytest.mark.long
+
 MIXTURE = ("int8", "int4", "int2", "ternary", "int3", "log4", "int4")
 
 

@@ -35,6 +35,8 @@ from qopt.search.pieces import Piece
 from qopt.search.queue import Queue
 from qopt.spec import WeightSpec
 
+pytestmark = pytest.mark.long
+
 FEW = Options(
     robust=True, probe_images=140, calibration_images=64, baselines=(), limits=(Limit("bits", 3.0),), effort="fast",
     rows="off",

@@ -17,6 +17,8 @@ from qopt.graph.load import load_model
 from qopt.graph.prepare import prepare
 from qopt.graph.stored import SMALLEST_FILE, stays_in_file
 
+pytestmark = pytest.mark.long
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 FEW, MANY = 6e6, 5e7
 
@@ -68,7 +70,6 @@ def test_the_same_file_as_of_the_module_in_memory(streaming: Any, file: Path, bu
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
 @pytest.mark.skipif(not os.environ.get("QOPT_REQUIRE_ALL"), reason="takes minutes: QOPT_REQUIRE_ALL is not set")
-@pytest.mark.long
 def test_memory_of_fifty_million_parameters() -> None:
     command = [sys.executable, str(BENCHMARKS / "streaming.py"), "--whole", "--parameters", str(MANY), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

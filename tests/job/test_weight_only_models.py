@@ -26,6 +26,8 @@ from qopt.graph.prepare import prepare
 from qopt.graph.to_onnx import quiet
 from qopt.quantize import WeightOnly
 
+pytestmark = pytest.mark.long
+
 WORDS, WIDTH, LONGEST = 2000, 128, 64
 UNIFORM: dict[str, Any] = {"target": "int4-uniform", "search": "uniform"}
 

@@ -23,6 +23,8 @@ from qopt.job.preview import preview
 from qopt.plan import Plan, uniform
 from qopt.spec import ActivationSpec, WeightSpec
 
+pytestmark = pytest.mark.long
+
 QUICK: dict[str, Any] = {
     "effort": "fast", "probe_images": 32, "calibration_images": 64, "baselines": (),
 }  # fmt: skip

@@ -12,6 +12,8 @@ from qopt.quant.large import LARGE, PART, quantize_large
 from qopt.quant.quantized import QuantizedWeight
 from qopt.spec import WeightSpec
 
+pytestmark = pytest.mark.long
+
 FORMATS = [
     "int1", "int2", "int3", "int4", "int4:max", "int8", "ternary", "ternary:max", "log2", "log4", "log4:max",
     "int4:block64", "int3:block32", "int4:mid", "int4:asym", "int8:tensor:max",
