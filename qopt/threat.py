@@ -41,18 +41,19 @@ def parse_eps(text: str) -> float:
     return ThreatModel(eps=value).eps
 
 
-def check_declared(norm: Norm, eps: float | None) -> None:
-    """Refuse what nobody means: what `ThreatModel` does not take, and in linf a radius in grey values.
+def check_declared(norm: Norm, eps: float | None) -> ThreatModel:
+    """What was declared, of radius 0 where ``eps`` is None; refuses a linf radius in grey values.
 
     Raises:
-        UsageError: says which.
+        UsageError: this, and as `ThreatModel` does.
     """
-    ThreatModel(norm, 0.0 if eps is None else eps)
+    threat = ThreatModel(norm, 0.0 if eps is None else eps)
     if norm == "linf" and eps is not None and eps > 1:
         raise UsageError(
             "a linf radius above 1 allows any image, pixels are in [0, 1]", where="--eps", got=f"{eps:g}",
             fix=f"give {eps:g}/255 if that is in grey values",
         )  # fmt: skip
+    return threat
 
 
 def declared_threat(norm: Norm, eps: float | None, shape: tuple[int, ...]) -> ThreatModel:

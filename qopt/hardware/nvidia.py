@@ -2,8 +2,8 @@
 
 The peaks of float16, int8 and int4 are as 1 to 2 to 4. int4 needs 4-bit codes on both sides and kernels that have it
 (TVM's, as HAWQ-v3 used them; CUTLASS). TensorRT and ONNX Runtime have none. With 8-bit activations, the default, 4-bit
-weights are priced as int8, and they are smaller in the file only. Measured, int4 is 1.7 times
-as fast as int8 on ResNet-18 and 1.55 times on ResNet-50, not twice (HAWQ-v3's latencies on a T4).
+weights are priced as int8, and they are smaller in the file only. Measured, int4 is 1.7 times as fast as int8 on
+ResNet-18 and 1.55 times on ResNet-50, not twice (HAWQ-v3's latencies on a T4).
 """
 
 from __future__ import annotations

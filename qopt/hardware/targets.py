@@ -93,8 +93,8 @@ def parse_target(text: str) -> Target:
         weights,
         min((part.activations for part in parts), key=lambda spec: spec.bits),
         tuple(dict.fromkeys(limit for part in parts for limit in part.limits)),
-        models := tuple(dict.fromkeys(model for part in parts for model in part.cost_models)),
-        _narrower(models),
+        tuple(dict.fromkeys(model for part in parts for model in part.cost_models)),
+        _common_widths(parts),
     )
 
 
@@ -103,19 +103,17 @@ def device(name: str) -> Target:
     model = load_model(name)
     kept = model.capabilities(PROBE, (*_MIXED, _SEVEN))
     formats = tuple(spec for spec in kept if spec != _SEVEN or _EIGHT not in kept)
-    models = tuple(dict.fromkeys(("bits", name)))
-    return Target(name, formats, _INT8, model.limits(), models, _narrower(models))
+    narrower = tuple(
+        spec for bits in model.activation_bits if bits < _INT8.bits
+        for spec in (ActivationSpec(bits), ActivationSpec(bits, calibrator="mse"))
+    )  # fmt: skip
+    return Target(name, formats, _INT8, model.limits(), tuple(dict.fromkeys(("bits", name))), narrower)
 
 
-def _narrower(models: Sequence[str]) -> tuple[ActivationSpec, ...]:
-    """Of every width below 8 bits that all machines compute with, min-max ranges and those of least squared error.
-
-    Storage alone computes with none.
-    """
-    machines = [load_model(name) for name in models if name != "bits"]
-    common = set.intersection(*(set(model.activation_bits) for model in machines)) if machines else set()
-    widths = sorted(common - {_INT8.bits}, reverse=True)
-    return tuple(spec for bits in widths for spec in (ActivationSpec(bits), ActivationSpec(bits, calibrator="mse")))
+def _common_widths(parts: Sequence[Target]) -> tuple[ActivationSpec, ...]:
+    """Those that all machines compute with; precisions and storage alone say nothing of them."""
+    machines = [part.narrower for part in parts if part.cost_models != ("bits",)]
+    return tuple(spec for spec in machines[0] if all(spec in other for other in machines)) if machines else ()
 
 
 def _target(name: str) -> Target:

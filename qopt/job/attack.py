@@ -25,7 +25,7 @@ from qopt.measure.presets import Preset, merged, preset
 from qopt.measure.subject import Subject, open_subject
 from qopt.report.attack_report import Access, AttackReport
 from qopt.seeds import derive
-from qopt.threat import Norm, ThreatModel, check_declared, declared_threat, parse_eps
+from qopt.threat import Norm, check_declared, declared_threat, parse_eps
 
 NEEDS_FACTORY = (Format.STATE_DICT, Format.SAFETENSORS, Format.LEGACY_PICKLE)
 
@@ -107,8 +107,7 @@ class AttackTask:
             raise UsageError(
                 "unknown word", where="--gradients", expected="honest or plain", got=repr(self.gradients)
             )  # fmt: skip
-        check_declared(self.norm, self.eps)
-        threat = ThreatModel(self.norm, 0.0 if self.eps is None else self.eps)
+        threat = check_declared(self.norm, self.eps)
         if isinstance(self.preset, str):
             preset(self.preset, threat)
         if self.save is not None:

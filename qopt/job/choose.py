@@ -83,14 +83,16 @@ def choose(run: Run, journal: Journal | None = None, sharing: Sharing | None = N
         candidates = narrowed(run, candidates)
     space = build_space(run, candidates, measured=strategy.uses_sensitivity)
     thresholds = resolve_thresholds(run.options, run.data is not None)
-    widths = with_widths(run, space, thresholds, measured=strategy.uses_sensitivity)
+    widths = with_widths(
+        run, space, thresholds, measured=strategy.uses_sensitivity, others=_affords_more(run)
+    )  # fmt: skip
     run, space = widths.run, widths.space
     filtered = _filter(run, space) if strategy.uses_sensitivity else Filtered(space, 1.0, ())
     run.progress(f"search: {strategy.name}")
     with shared(sharing):
         outcomes = _searched(run, strategy, filtered.space, journal, sharing)
     entries, outcome = _plans(run, strategy, space, filtered, outcomes, widths.reasons), outcomes[0]
-    entries += _alike(widths, strategy) if _affords_more(run) else []
+    entries += _alike(widths, strategy, thresholds)
     journal.propose(entries[0].plan)
     applied, evaluated = _decide(run, entries, journal)
     limit, steepness = lipschitz_limit(run), list[LimitRow]()
@@ -296,23 +298,25 @@ def _plans(
                 found["uniform"] = UniformSearch()(filtered.space)
     plans: dict[tuple[WeightSpec, ...], Entry] = {}
     for name, one in found.items():
-        weights = {layer: str(spec) for layer, spec in one.specs.items()}
-        plan = base.with_changes(weights=weights, reasons={**one.reasons, **tensors})
+        plan = _with_formats(base, one, tensors)
         plans.setdefault(tuple(one.specs.values()), Entry(name, plan, name in ("rows", "second order")))
     return list(plans.values())
 
 
-def _alike(widths: Narrowed, strategy: AnyStrategy) -> list[Entry]:
+def _alike(widths: Narrowed, strategy: AnyStrategy, thresholds: Thresholds) -> list[Entry]:
     """Plans whose activations all have one format, where they keep the limits."""
     found, solve = [], GreedySearch() if isinstance(strategy, MeasuredStrategy) else strategy
     for spec, other in widths.alike.items():
         with suppress(InfeasibleError):
-            thresholds = resolve_thresholds(other.run.options, has_data=True)
             one = solve(apply_thresholds(other.space, thresholds).space)
-            weights = {layer: str(format_) for layer, format_ in one.specs.items()}
-            plan = _base(other.run).with_changes(weights=weights, reasons=one.reasons)
-            found.append(Entry(f"all activations {spec}", plan))
+            found.append(Entry(f"all activations {spec}", _with_formats(_base(other.run), one, {})))
     return found
+
+
+def _with_formats(base: Plan, outcome: Outcome, tensors: Mapping[str, str]) -> Plan:
+    """The plan of what a search found; ``tensors`` has the reasons for formats of activations."""
+    weights = {layer: str(spec) for layer, spec in outcome.specs.items()}
+    return base.with_changes(weights=weights, reasons={**outcome.reasons, **tensors})
 
 
 def _affords_more(run: Run) -> bool:

@@ -69,7 +69,12 @@ def capable(run: Run, formats: tuple[WeightSpec, ...]) -> dict[str, tuple[Weight
 def takes_rows(run: Run, layer: Layer, formats: Sequence[WeightSpec]) -> bool:
     """Whether every cost model of the target takes a weight whose output channels differ in format."""
     mixed = WeightSpec.of_rows([formats[i % len(formats)] for i in range(layer.channels)])
-    return all(model.capabilities(run.network.layer(layer.name), (mixed,)) for model in run.cost_models)
+    return takes(run, run.network.layer(layer.name), mixed)
+
+
+def takes(run: Run, described: LayerDescription, spec: WeightSpec) -> bool:
+    """Whether every cost model of the target takes the format for a layer."""
+    return all(model.capabilities(described, (spec,)) for model in run.cost_models)
 
 
 def price(run: Run, described: LayerDescription, spec: WeightSpec) -> dict[str, float]:

@@ -14,7 +14,7 @@ from qopt.job.lipschitz_limit import lipschitz_limit
 from qopt.job.prices import fixed_costs
 from qopt.job.run import Run
 from qopt.job.sensitivity import affordable_images, form_of, sensitivity_images
-from qopt.job.space import costs_of, price
+from qopt.job.space import costs_of, price, takes
 from qopt.measure.divergence import Probe, tensor_sensitivities
 from qopt.plan import Plan
 from qopt.search.space import Space
@@ -46,12 +46,12 @@ class Narrowed:
         return [self.note + other] if self.note else []
 
 
-def with_widths(run: Run, space: Space, thresholds: Thresholds, *, measured: bool) -> Narrowed:
+def with_widths(run: Run, space: Space, thresholds: Thresholds, *, measured: bool, others: bool) -> Narrowed:
     """Choose the widths together with formats of the weights that the thresholds leave, and price the space at them.
 
     Everything stays as it is where the target offers one width, where no limit is on what fewer bits save, and where
     sensitivities of weights are not the divergences that those of activations are (``measured``: the strategy uses
-    sensitivities at all).
+    sensitivities at all). ``others``: whether to look for those with one format, too.
 
     Raises:
         InfeasibleError: no plan keeps the limits, whatever the widths.
@@ -67,7 +67,7 @@ def with_widths(run: Run, space: Space, thresholds: Thresholds, *, measured: boo
     if not measured or form_of(run) not in ("divergence", "clean-divergence") or lipschitz_limit(run) is not None:
         note = f"activations stay {first}: their widths are chosen by divergences alone, which this search or "
         return Narrowed(run, space, f"{note}sensitivity does not use, and under no limit on lipschitz")
-    kept = apply_thresholds(_at_least(run, space, readers, costs), thresholds).space
+    kept = apply_thresholds(_at_least(space, costs), thresholds).space
     table = _sensitivities(run, space, readers)
     tensors = [
         TensorSpace(name, layers, {spec: table[name, spec] for spec in _offered(run)})
@@ -81,11 +81,11 @@ def with_widths(run: Run, space: Space, thresholds: Thresholds, *, measured: boo
         + ", ".join(readers[name])
         for name, spec in narrow.items() if name not in layers
     }  # fmt: skip
-    one = best_in_one(kept, tensors, costs)
     alike = {first: Narrowed(run, space)} if narrow else {}
-    alike |= {} if one is None else {one: _narrowed(run, space, dict.fromkeys(readers, one))}
+    if others and (one := best_in_one(kept, tensors, costs)) is not None:
+        alike[one] = _narrowed(run, space, dict.fromkeys(readers, one))
     chosen = _narrowed(run, space, narrow)
-    return replace(chosen, note=_account(run, found), reasons=reasons, alike=alike)
+    return replace(chosen, note=_account(run, found), reasons=reasons, alike=alike if others else {})
 
 
 def _narrowed(run: Run, space: Space, narrow: Mapping[str, ActivationSpec]) -> Narrowed:
@@ -117,8 +117,7 @@ def _costs(run: Run, space: Space, readers: Mapping[str, Sequence[str]]) -> Cost
         described = run.network.layer(layer.layer)
         for bits in sorted({spec.bits for spec in _offered(run)}) if layer.layer in reading else ():
             at = replace(described, input_bits=bits)
-            taken = [s for s in specs if all(model.capabilities(at, (s,)) for model in run.cost_models)]
-            found[layer.layer, bits] = {spec: price(run, at, spec) for spec in taken}
+            found[layer.layer, bits] = {spec: price(run, at, spec) for spec in specs if takes(run, at, spec)}
         if layer.layer not in reading:
             found[layer.layer, 0] = {spec: price(run, described, spec) for spec in specs}
     return found
@@ -136,21 +135,12 @@ def _rewarded(space: Space, costs: Costs) -> bool:
     )  # fmt: skip
 
 
-def _at_least(run: Run, space: Space, readers: Mapping[str, Sequence[str]], costs: Costs) -> Space:
+def _at_least(space: Space, costs: Costs) -> Space:
     """The space as cheap as any width makes it: what thresholds must leave a plan of."""
-    reading = {name for layers in readers.values() for name in layers}
-    fewest = min(spec.bits for spec in _offered(run))
-    layers = tuple(
-        replace(
-            layer,
-            candidates=tuple(
-                replace(c, costs=costs_of(costs[layer.layer, fewest][c.spec])) if layer.layer in reading else c
-                for c in layer.candidates if layer.layer not in reading or c.spec in costs[layer.layer, fewest]
-            ),
-        )
-        for layer in space.layers
-    )  # fmt: skip
-    return replace(space, layers=layers)
+    least: dict[str, Mapping[WeightSpec, Mapping[str, float]]] = {}
+    for (name, _), priced in sorted(costs.items(), key=lambda entry: entry[0]):
+        least.setdefault(name, priced)
+    return _priced(space, least)
 
 
 def _sensitivities(
@@ -170,8 +160,8 @@ def _sensitivities(
     }  # fmt: skip
 
     def compute() -> dict[str, np.ndarray]:
-        probe, twin = Probe.of(run.float_twin, images), run.float_twin
-        found = tensor_sensitivities(run.quantizer, twin, probe, dict.fromkeys(readers, offered))
+        twin = run.float_twin
+        found = tensor_sensitivities(run.quantizer, twin, Probe.of(twin, images), dict.fromkeys(readers, offered))
         return {"values": np.array([found[pair] for pair in pairs])}
 
     values = run.cache.arrays("tensor-sensitivities", key, compute)["values"]
@@ -185,14 +175,26 @@ def _calibration(run: Run) -> np.ndarray:
 
 def _repriced(run: Run, space: Space) -> Space:
     """The space at the widths of the run."""
-    layers = []
+    table = {}
     for layer in space.layers:
-        described = run.network.layer(layer.layer)
-        kept = [c for c in layer.candidates if all(m.capabilities(described, (c.spec,)) for m in run.cost_models)]
-        priced = tuple(replace(c, costs=costs_of(price(run, described, c.spec))) for c in kept)
-        layers.append(replace(layer, candidates=priced))
-    formats = {layer.layer: tuple(c.spec for c in layer.candidates) for layer in layers}
-    return replace(space, layers=tuple(layers), fixed=fixed_costs(run, formats))
+        described, specs = run.network.layer(layer.layer), [candidate.spec for candidate in layer.candidates]
+        table[layer.layer] = {spec: price(run, described, spec) for spec in specs if takes(run, described, spec)}
+    return replace(_priced(space, table), fixed=fixed_costs(run, {name: tuple(row) for name, row in table.items()}))
+
+
+def _priced(space: Space, table: Mapping[str, Mapping[WeightSpec, Mapping[str, float]]]) -> Space:
+    """The space with the costs in ``table``, without the formats of a layer that are not there."""
+    layers = (
+        replace(
+            layer,
+            candidates=tuple(
+                replace(c, costs=costs_of(table[layer.layer][c.spec]))
+                for c in layer.candidates if c.spec in table[layer.layer]
+            ),
+        )
+        for layer in space.layers
+    )  # fmt: skip
+    return replace(space, layers=tuple(layers))
 
 
 def _account(run: Run, found: Widths) -> str:
