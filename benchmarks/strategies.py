@@ -19,7 +19,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -218,15 +218,23 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     args.assets = Path(os.environ["QOPT_ASSETS"])
+    write_tables(args, "Search strategies at equal bits", RESULTS, args.bits, table)
+
+
+def write_tables(
+    args: argparse.Namespace, title: str, results: Path, values: Sequence[float],
+    table: Callable[[argparse.Namespace, Network, float], list[str]],
+) -> None:  # fmt: skip
+    """A table for every network and value, shown as it is done, and with ``--write`` written."""
     settings = {k: v for k, v in vars(args).items() if k not in ("assets", "cache", "write", "networks", "strategies")}
-    lines = ["# Search strategies at equal bits\n", f"`{json.dumps(settings)}`; made by `benchmarks/strategies.py`."]
+    lines = [f"# {title}\n", f"`{json.dumps(settings)}`; made by `benchmarks/{results.stem}.py`."]
     for name in args.networks:
-        for bits in args.bits:
-            found = table(args, NETWORKS[name], bits)
+        for value in values:
+            found = table(args, NETWORKS[name], value)
             print("\n".join(found), flush=True)
             lines += found
             if args.write:
-                RESULTS.write_text("\n".join(lines) + "\n")
+                results.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

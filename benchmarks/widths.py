@@ -11,13 +11,12 @@ that format and spend what is left on weights; ``chosen`` is what ``--target bop
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from strategies import ATTACK, NETWORKS, Network, images, percent, scores, words
+from strategies import ATTACK, NETWORKS, Network, images, percent, scores, words, write_tables
 from torch import Tensor
 
 from qopt.api import load
@@ -110,17 +109,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     args.assets = Path(os.environ["QOPT_ASSETS"])
-    settings = {k: v for k, v in vars(args).items() if k not in ("assets", "cache", "write", "networks")}
-    lines = [
-        "# Bits of activations at equal bit operations\n", f"`{json.dumps(settings)}`; made by `benchmarks/widths.py`.",
-    ]  # fmt: skip
-    for name in args.networks:
-        for product in args.products:
-            found = table(args, NETWORKS[name], product)
-            print("\n".join(found), flush=True)
-            lines += found
-            if args.write:
-                RESULTS.write_text("\n".join(lines) + "\n")
+    write_tables(args, "Bits of activations at equal bit operations", RESULTS, args.products, table)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,12 @@ import onnx_ir as ir
 import pytest
 
 import qopt
+from qopt.cache import Cache
+from qopt.config import Options
 from qopt.data import Data, Split
 from qopt.graph.load import load_model
+from qopt.job.optimize import Task, start
+from qopt.job.run import Run
 from qopt.runtime.session import to_bytes
 
 
@@ -52,3 +56,10 @@ def run_options() -> dict[str, Any]:
 def bundle(examples: Path, fashion: Data, run_options: dict[str, Any]) -> qopt.Bundle:
     """The main job on the embedded example."""
     return qopt.optimize(examples / "fashion_resnet.pt", data=fashion, **run_options)
+
+
+@pytest.fixture(scope="module")
+def run(example_model: ir.Model, fashion: Data) -> Run:
+    """A robust run of few images, as it starts."""
+    options = Options(robust=True, attack_images=40, calibration_images=64, baselines=())
+    return start(Task(example_model, "example", fashion, options), Cache(None), lambda step: None)

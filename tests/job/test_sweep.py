@@ -4,28 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import onnx_ir as ir
 import pytest
 import torch
 
 from qopt.attacks import PGD, predict
-from qopt.cache import Cache
-from qopt.config import Options
-from qopt.data import Data
 from qopt.job.artefact import Artefact, build_artefact, float_artefact
-from qopt.job.optimize import Task, start
 from qopt.job.run import Run
 from qopt.job.sweep import FACTORS, IMAGES, sweep
 from qopt.plan import uniform
 from qopt.spec import WeightSpec
 from qopt.threat import ThreatModel
-
-ROBUST = Options(robust=True, attack_images=40, calibration_images=64, baselines=())
-
-
-@pytest.fixture(scope="module")
-def run(example_model: ir.Model, fashion: Data) -> Run:
-    return start(Task(example_model, "example", fashion, ROBUST), Cache(None), lambda step: None)
 
 
 @pytest.fixture(scope="module")

@@ -5,29 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 import torch
 
 from qopt.attacks import PGD, predict
-from qopt.cache import Cache
-from qopt.config import Options
-from qopt.data import Data
 from qopt.job.artefact import Artefact, build_artefact, float_artefact
-from qopt.job.optimize import Task, start
 from qopt.job.rows import Table
 from qopt.job.run import Run
 from qopt.job.transfers import ATTACK, attacked, transfers
 from qopt.measure.robustness import BATCH
 from qopt.plan import uniform
 from qopt.spec import WeightSpec
-
-ROBUST = Options(robust=True, attack_images=40, calibration_images=64, baselines=())
-
-
-@pytest.fixture(scope="module")
-def run(example_model: ir.Model, fashion: Data) -> Run:
-    return start(Task(example_model, "example", fashion, ROBUST), Cache(None), lambda step: None)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +77,7 @@ def test_examples_are_those_of_the_attack_with_every_step(table: Table, networks
 
 
 def test_no_more_than_one_batch_is_looked_at(run: Run, networks: dict[str, Artefact]) -> None:
-    setting = Table(replace(run, options=replace(ROBUST, attack_images=BATCH + 20))).setting
+    setting = Table(replace(run, options=replace(run.options, attack_images=BATCH + 20))).setting
     made = attacked(networks["float"], {PGD().name: setting.images}, setting)
     assert len(made.examples) == BATCH
     found = transfers({"float": made}, setting)
@@ -119,7 +107,7 @@ def test_again_is_the_same(table: Table) -> None:
 
 
 def test_without_attacks_there_are_none(run: Run, networks: dict[str, Artefact]) -> None:
-    table = Table(replace(run, options=replace(ROBUST, robust=False)))
+    table = Table(replace(run, options=replace(run.options, robust=False)))
     table.add_float(networks["float"])
     table.compare(networks["float"], networks["qopt"])
     assert table.transfers is None
