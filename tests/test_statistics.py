@@ -36,7 +36,7 @@ def test_wilson_bounds_solve_the_score_equation(successes: int, n: int) -> None:
 
 
 @given(n=st.integers(1, 5000), data=st.data())
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_wilson_holds_its_share_and_mirrors(n: int, data: st.DataObject) -> None:
     successes = data.draw(st.integers(0, n))
     interval, mirror = wilson(successes, n), wilson(n - successes, n)
@@ -85,7 +85,7 @@ vectors = outcomes.map(lambda pairs: ([a for a, _ in pairs], [b for _, b in pair
 
 
 @given(pair=vectors)
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_paired_difference_against_the_per_image_differences(pair: tuple[list[bool], list[bool]]) -> None:
     a, b = pair
     found = paired_difference(a, b)
@@ -99,7 +99,7 @@ def test_paired_difference_against_the_per_image_differences(pair: tuple[list[bo
 
 
 @given(pair=vectors)
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_paired_interval_is_wald_with_one_more_image_of_either_disagreement(
     pair: tuple[list[bool], list[bool]],
 ) -> None:

@@ -27,12 +27,17 @@ class Additions:
         self.graph = graph
         self._taken = value_names(graph) | {str(node.name) for node in graph}
         self._shared: dict[str, ir.Value] = {}
+        self._numbers = 0
 
     def name(self, wanted: str) -> str:
         """``wanted``, or the next free name; it counts as taken from now on."""
         free = unique(wanted, self._taken.__contains__)
         self._taken.add(free)
         return free
+
+    def _numbered(self) -> str:
+        self._numbers += 1
+        return self.name(f"q{self._numbers}")
 
     def constant(self, wanted: str, array: NDArray[Any]) -> ir.Value:
         """A new initializer."""
@@ -61,9 +66,10 @@ class Additions:
         return node
 
     def place(self, packed: Subgraph, before: ir.Node) -> None:
-        """Put a packed weight in front of the node that reads it first; only its last node gets a name.
+        """Put a packed weight in front of the node that reads it first.
 
-        ONNX asks for the names of values only, and those of nodes would be half the structure of a small file.
+        Only constants and the last node get a name that says whose they are, and values between a number: names of
+        steps on the way would be a quarter of the structure of a small file.
         """
         for name, value in packed.tables.items():
             assert value.const_value is not None
@@ -71,9 +77,8 @@ class Additions:
         for name, value in packed.initializers.items():
             value.name = self.name(name)
             self.graph.initializers[value.name] = value
-        for node in packed.nodes:
-            node.name = self.name(str(node.name))
-            node.outputs[0].name = node.name
+        *inner, last = packed.nodes
+        for node in inner:
+            node.name, node.outputs[0].name = "", self._numbered()
+        last.name = last.outputs[0].name = self.name(str(last.name))
         self.graph.insert_before(before, packed.nodes)
-        for node in packed.nodes[:-1]:
-            node.name = ""

@@ -44,7 +44,7 @@ def test_checkpoints(steps: int, expected: list[int]) -> None:
 
 
 @given(steps=st.integers(1, 400))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_checkpoints_never_come_later_apart(steps: int) -> None:
     gaps = list(checkpoints(steps).values())
     assert gaps == sorted(gaps, reverse=True)
@@ -248,7 +248,7 @@ def test_targeted_dlr_of_few_classes() -> None:
 
 
 @given(seed=st.integers(0, 10**6), shift=st.floats(-100, 100), scale=st.floats(0.01, 100))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_targeted_dlr_is_blind_to_shift_and_scale(seed: int, shift: float, scale: float) -> None:
     logits = torch.randn(6, 7, generator=torch.Generator().manual_seed(seed)).double()
     labels, targets = torch.arange(6), (torch.arange(6) + 3) % 7

@@ -26,7 +26,7 @@ def random_images(seed: int, count: int = 5, spread: float = 1.0) -> Tensor:
 
 @pytest.mark.parametrize("norm", NORMS)
 @given(seed=st.integers(0, 10**6), eps=st.floats(0.0, 4.0), scale=st.floats(0.0, 10.0))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_projection_ends_in_ball_and_box(norm: Norm, seed: int, eps: float, scale: float) -> None:
     threat, clean = ThreatModel(norm, eps), random_images(seed)
     outside = clean + scale * (random_images(seed + 1) - 0.5)
@@ -39,7 +39,7 @@ def test_projection_ends_in_ball_and_box(norm: Norm, seed: int, eps: float, scal
 
 @pytest.mark.parametrize("norm", NORMS)
 @given(seed=st.integers(0, 10**6), eps=st.floats(0.0, 4.0), scale=st.floats(0.0, 10.0))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_ball_projects_as_the_function_does(norm: Norm, seed: int, eps: float, scale: float) -> None:
     threat, clean = ThreatModel(norm, eps), random_images(seed)
     outside = clean + scale * (random_images(seed + 1) - 0.5)

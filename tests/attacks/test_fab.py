@@ -115,7 +115,7 @@ def test_the_check_of_the_projection_catches(wrong: Projection, norm: Norm) -> N
 
 @per_norm
 @given(seed=st.integers(0, 10**6), dims=st.integers(1, 40), scale=st.sampled_from([1e-30, 1e-12, 1.0, 1e12, 1e30]))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_moves_are_legal_at_any_scale_in_float32(norm: Norm, seed: int, dims: int, scale: float) -> None:
     points, normals, amounts = problem(seed, 6, dims)
     moves = shortest_move(points.float(), (scale * normals).float(), (scale * amounts).float(), norm)

@@ -62,7 +62,7 @@ def test_the_schedule_is_the_rescaled_one(queries: int) -> None:
 
 
 @given(shape=shapes, rows=st.integers(1, 9), columns=st.integers(1, 9), seed=st.integers(0, 99))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_windows_against_a_loop(shape: tuple[int, int, int], rows: int, columns: int, seed: int) -> None:
     channels, height, width = shape
     rows, columns = min(rows, height), min(columns, width)
@@ -110,7 +110,7 @@ def test_bumps_against_a_loop(side: int) -> None:
 
 
 @given(height=st.integers(1, 12), width=st.integers(1, 12))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_bumps_have_length_one_at_any_shape(height: int, width: int) -> None:
     found = bumps(height, width)
     assert found.shape == (2, height, width)
@@ -119,7 +119,7 @@ def test_bumps_have_length_one_at_any_shape(height: int, width: int) -> None:
 
 
 @given(shape=shapes, side=st.integers(1, 9), seed=st.integers(0, 10**4), eps=st.floats(0.001, 0.6))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_linf_changes_one_square_to_the_walls_of_the_ball(
     shape: tuple[int, int, int], side: int, seed: int, eps: float
 ) -> None:
@@ -174,7 +174,7 @@ def slow_change_l2(clean: Tensor, best: Tensor, chance: Tensor, side: int, eps: 
     seed=st.integers(0, 10**4),
     eps=st.floats(0.01, 2.0),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_l2_moves_against_a_loop(shape: tuple[int, int, int], side: int, seed: int, eps: float) -> None:
     clean = uniform(seed, 4, *shape)
     best = tiles(clean, uniform(seed + 1, 4, tiles_chance(*shape)), eps)

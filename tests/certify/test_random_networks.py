@@ -53,7 +53,7 @@ def networks(draw: st.DrawFn) -> tuple[str, int, float]:
     return text, draw(st.integers(0, 10_000)), draw(st.sampled_from([1e-6, 0.3, 2.0, 1e4]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(networks(), st.sampled_from([ThreatModel("linf", 0.0), ThreatModel("linf", 0.1), ThreatModel("l2", 0.5)]))
 def test_random_points_stay_inside(drawn: tuple[str, int, float], threat: ThreatModel) -> None:
     text, seed, size = drawn
@@ -76,7 +76,7 @@ def test_random_points_stay_inside(drawn: tuple[str, int, float], threat: Threat
         assert bool((lower <= logits @ rows.double().T).all())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10_000), st.integers(1, 8), st.integers(1, 6), st.floats(0.001, 0.3))
 def test_the_margin_of_a_two_layer_network(seed: int, width: int, pixels: int, eps: float) -> None:
     """Against numpy in float64, at every corner of the ball: an oracle that shares no code."""

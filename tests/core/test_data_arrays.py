@@ -49,7 +49,7 @@ def test_train_is_split_and_test_only_reports(tmp_path: Path) -> None:
     assert (data.report.images.dtype.str, data.report.labels.dtype.str) == ("<f4", "<i8")
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(train=st.integers(2, 40), test=st.integers(1, 9), classes=st.integers(1, 12), ordered=st.booleans())
 def test_the_three_parts_are_disjoint_and_lose_nothing(
     tmp_path_factory: pytest.TempPathFactory, train: int, test: int, classes: int, ordered: bool

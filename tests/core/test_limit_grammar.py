@@ -77,7 +77,7 @@ def test_other_words_are_no_limits(text: str, words: list[str]) -> None:
 quantities: st.SearchStrategy[Quantity] = st.sampled_from(list(QUANTITIES))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(quantities, st.floats(0, 1e300))
 def test_a_limit_can_be_copied_from_a_report(quantity: Quantity, bound: float) -> None:
     limit = Limit(quantity, bound)
@@ -127,7 +127,6 @@ def test_other_words_are_no_gates(text: str, words: list[str]) -> None:
     assert [word for word in words if word not in message] == []
 
 
-@settings(deadline=None)
 @given(st.sampled_from(["clean_drop", "robust_drop"]), st.floats(0, 1e300))
 def test_a_gate_can_be_copied_from_a_report(name: str, bound: float) -> None:
     assert parse_gate(str(Gate(name, bound))) == Gate(name, bound)

@@ -102,7 +102,7 @@ plans = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(plans)
 def test_plans_survive_writing_and_reading(plan: Plan) -> None:
     again = Plan.from_json(plan.to_json())
@@ -167,7 +167,7 @@ def test_a_wrong_file_is_one_line_that_says_where(text: str, words: list[str]) -
     assert "\n" not in message
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.data())
 def test_a_damaged_file_is_a_plan_error_or_still_a_plan(data: st.DataObject) -> None:
     start = data.draw(st.integers(0, len(GOLDEN) - 1))

@@ -110,7 +110,7 @@ def test_a_long_text_that_ends_badly_is_refused_at_once() -> None:
     assert time.perf_counter() - start < 5
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(runs)
 def test_text_and_list_say_the_same(drawn: list[tuple[str, int]]) -> None:
     spec = WeightSpec.parse(text_of(drawn))
@@ -124,7 +124,7 @@ def test_text_and_list_say_the_same(drawn: list[tuple[str, int]]) -> None:
     assert len({spec, WeightSpec.parse(str(spec))}) == 1
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(runs)
 def test_members_are_the_channels(drawn: list[tuple[str, int]]) -> None:
     spec = WeightSpec.parse(text_of(drawn))
@@ -225,7 +225,7 @@ def test_the_order_takes_the_smallest_type(channels: int, width: int) -> None:
     assert [part.order_bytes for part in stored.parts] == [width * channels, 0]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(runs, st.integers(1, 50))
 def test_the_parts_are_the_whole(drawn: list[tuple[str, int]], fan_in: int) -> None:
     spec = WeightSpec.parse(text_of(drawn))

@@ -27,7 +27,7 @@ def test_another_process_derives_the_same() -> None:
     assert int(found) == derive(3, "attack", 5)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(seed=st.integers(-(2**70), 2**70), names=NAMES)
 def test_every_seed_is_one_that_torch_takes(seed: int, names: tuple[str, ...]) -> None:
     value = derive(seed, *names)
@@ -35,7 +35,7 @@ def test_every_seed_is_one_that_torch_takes(seed: int, names: tuple[str, ...]) -
     torch.Generator().manual_seed(value)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(one=NAMES, other=NAMES)
 def test_different_names_give_different_streams(one: tuple[str, ...], other: tuple[str, ...]) -> None:
     assert (derive(1, *one) == derive(1, *other)) == (one == other)

@@ -178,20 +178,19 @@ activation_specs = st.one_of(
 )
 
 
-@settings(deadline=None)
 @given(weight_specs)
 def test_weight_formats_survive_writing_and_reading(spec: WeightSpec) -> None:
     assert WeightSpec.parse(str(spec)) == spec
     assert spec.short == str(spec).split(":")[0]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(activation_specs)
 def test_activation_formats_survive_writing_and_reading(spec: ActivationSpec) -> None:
     assert ActivationSpec.parse(str(spec)) == spec
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.text(alphabet="intlogfea1248:p.max sryd@bck", max_size=16))
 def test_any_text_parses_or_is_a_plan_error(text: str) -> None:
     for parse in (WeightSpec.parse, ActivationSpec.parse):

@@ -64,7 +64,7 @@ def test_every_width_and_range(bits: int, bounds: tuple[float, float], how: str,
 @given(
     low=st.floats(-50, 0, width=32), high=st.floats(0, 50, width=32), bits=st.integers(1, 8), seed=st.integers(0, 2**31)
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_any_range(low: float, high: float, bits: int, seed: int, wire: Prepared, evaluate: Any) -> None:
     code = AffineRange.from_bounds(low, high, bits)
     pixels = pixels_of(wire, seed, 1 + high - low)

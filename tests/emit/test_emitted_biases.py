@@ -152,7 +152,7 @@ weights_of = st.sampled_from(["ternary", "int2:full", "int3:full", "int4:max", "
 
 
 @given(spec=weights_of, seed=st.integers(0, 2**31), per_tensor=st.booleans(), exponent=st.integers(-40, 3))
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_fitted_scales(spec: str, seed: int, per_tensor: bool, exponent: int) -> None:
     """Every bias fits; a weight changes by at most half the new scale's step, and not at all where the scale stays."""
     generator = torch.Generator().manual_seed(seed)

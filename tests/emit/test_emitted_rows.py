@@ -140,7 +140,7 @@ POOL = [
     texts=st.tuples(*[st.lists(st.sampled_from(POOL), min_size=n, max_size=n) for n in (5, 3, 7)]),
     plain=st.sampled_from([None, "int2", "int4", "ternary", "float"]), integer=st.booleans(),
 )  # fmt: skip
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_the_file_is_as_large_as_was_said(
     texts: tuple[list[str], ...], plain: str | None, integer: bool, three_layers: Prepared, codes_of: Any
 ) -> None:

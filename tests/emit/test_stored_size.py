@@ -52,7 +52,7 @@ def test_one_format(spec: str, three_layers: Prepared, codes_of: Any) -> None:
 
 
 @given(specs=st.tuples(*[st.sampled_from(["float", *FORMATS])] * 3), integer=st.booleans())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_any_mixture(specs: tuple[str, str, str], integer: bool, three_layers: Prepared, codes_of: Any) -> None:
     """Tables are counted once for all layers that share them, whatever the mixture."""
     weights: dict[str, Any] = {}

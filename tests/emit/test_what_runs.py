@@ -97,7 +97,7 @@ def test_the_shield_leaves_alone_what_needs_none(one_layer: Callable[..., Prepar
 
 
 @given(st.lists(st.floats(width=32, min_value=-(2.0**100), max_value=2.0**100), min_size=1))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_exact_codes_are_exact(numbers: list[float]) -> None:
     bias = np.array([x if abs(x) > 2.0**-100 else 0.0 for x in numbers], np.float32)
     coded = exact_codes(bias)

@@ -235,7 +235,7 @@ def quantized_rows(prepared: Any, spec: str, codes: Any) -> Any:
     return replace(codes, weights={**codes.weights, layer.name: weight})
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_convolution(data: st.DataObject, graph: Any, quantized: Any, check: Any) -> None:
     draw = data.draw

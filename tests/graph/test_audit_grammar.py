@@ -190,14 +190,14 @@ SIZES = st.recursive(
 
 
 @given(SIZES)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_any_linear_size_that_sympy_prints_is_taken(size: sympy.Expr) -> None:
     text = sympy.srepr(size)
     assert grammar.shape_expression(text) == text
 
 
 @given(st.text(string.printable, max_size=40))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_random_text_never_gives_anything_but_refused(text: str) -> None:
     for rule in (grammar.shape_expression, grammar.guard, grammar.tree_spec, operator):
         with contextlib.suppress(Refused):
@@ -212,7 +212,7 @@ def test_random_text_never_gives_anything_but_refused(text: str) -> None:
         ),
     )
 )
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_random_tree_specs_never_give_anything_but_refused(value: object) -> None:
     with contextlib.suppress(Refused):
         assert grammar.tree_spec(json.dumps([1, value]))

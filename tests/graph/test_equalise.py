@@ -317,7 +317,7 @@ def networks(draw: st.DrawFn, graph: Any) -> ir.Model:
     return model
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_random_networks_compute_the_same(data: st.DataObject, graph: Any, run: Run) -> None:
     prepared = prepare(data.draw(networks(graph)))

@@ -30,7 +30,7 @@ from qopt.graph.twin import build_twin
 from qopt.quant import ActivationQuantizer, AffineRange, quantize_weight
 from qopt.spec import WeightSpec
 
-FEW = settings(deadline=None, max_examples=40)
+FEW = settings(max_examples=40)
 Array = NDArray[Any]
 
 

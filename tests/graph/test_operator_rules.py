@@ -20,7 +20,7 @@ from qopt.graph.twin import build_twin
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
 SEEDS = st.integers(0, 999)
-FEW = settings(deadline=None, max_examples=50)
+FEW = settings(max_examples=50)
 Array = NDArray[Any]
 
 

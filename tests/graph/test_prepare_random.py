@@ -74,7 +74,7 @@ def networks(draw: st.DrawFn, graph: Any) -> ir.Model:
     return model
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_random_networks_survive(data: st.DataObject, graph: Any, run: Run) -> None:
     model = data.draw(networks(graph))
@@ -92,7 +92,7 @@ def test_random_networks_survive(data: st.DataObject, graph: Any, run: Run) -> N
     assert ir.serde.serialize_model(model).SerializeToString() == before
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_preparing_twice_changes_nothing(data: st.DataObject, graph: Any) -> None:
     prepared = prepare(data.draw(networks(graph)))

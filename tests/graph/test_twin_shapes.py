@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qopt.graph.operators import arithmetic, shape
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
-FEW = settings(deadline=None, max_examples=60)
+FEW = settings(max_examples=60)
 
 
 def _numbered(sizes: tuple[int, ...]) -> np.ndarray:

@@ -43,7 +43,7 @@ def _agrees(g: Any, result: str) -> None:
     assert matches_onnxruntime(prepared, twin) <= TOLERANCE
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(window=windows(), groups=st.sampled_from([1, 2]), bias=st.booleans())
 def test_convolution(window: tuple[int, dict[str, Any]], groups: int, bias: bool, graph: Any) -> None:
     axes, attributes = window
@@ -52,7 +52,7 @@ def test_convolution(window: tuple[int, dict[str, Any]], groups: int, bias: bool
     _agrees(g, g.op("Conv", *inputs, group=groups, **attributes))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(window=windows(), groups=st.sampled_from([1, 2]), extra=st.integers(0, 2))
 def test_transposed_convolution(window: tuple[int, dict[str, Any]], groups: int, extra: int, graph: Any) -> None:
     axes, attributes = window
@@ -64,7 +64,7 @@ def test_transposed_convolution(window: tuple[int, dict[str, Any]], groups: int,
     _agrees(g, result)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(window=windows(), ceil=st.sampled_from([0, 1]))
 def test_max_pool(window: tuple[int, dict[str, Any]], ceil: int, graph: Any) -> None:
     axes, attributes = window
@@ -72,7 +72,7 @@ def test_max_pool(window: tuple[int, dict[str, Any]], ceil: int, graph: Any) -> 
     _agrees(g, g.op("MaxPool", g.op("Sub", "x", g.constant(2.0)), ceil_mode=ceil, **attributes))
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(window=windows(), ceil=st.sampled_from([0, 1]), counted=st.sampled_from([0, 1]))
 def test_average_pool(window: tuple[int, dict[str, Any]], ceil: int, counted: int, graph: Any) -> None:
     axes, attributes = window
@@ -81,7 +81,7 @@ def test_average_pool(window: tuple[int, dict[str, Any]], ceil: int, counted: in
     _agrees(g, g.op("AveragePool", data, ceil_mode=ceil, count_include_pad=counted, **attributes))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(window=windows(), ceil=st.sampled_from([0, 1]), p=st.sampled_from([1, 2, 3]))
 def test_norm_pool(window: tuple[int, dict[str, Any]], ceil: int, p: int, graph: Any) -> None:
     axes, attributes = window
@@ -89,7 +89,7 @@ def test_norm_pool(window: tuple[int, dict[str, Any]], ceil: int, p: int, graph:
     _agrees(g, g.op("LpPool", g.op("Sub", "x", g.constant(0.5)), ceil_mode=ceil, p=p, **attributes))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(window=windows(dilated=False), longer=st.integers(-1, 2), asked=st.booleans())
 def test_transposed_convolution_to_a_size(
     window: tuple[int, dict[str, Any]], longer: int, asked: bool, graph: Any

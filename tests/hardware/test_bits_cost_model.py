@@ -28,7 +28,7 @@ def described(name: str, channels: int, fan_in: int) -> LayerDescription:
 layers = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40), st.sampled_from(SPECS)), min_size=1, max_size=6)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(layers)
 def test_a_network_costs_what_its_file_stores(drawn: list[tuple[int, int, WeightSpec]]) -> None:
     model = BitsModel()

@@ -167,7 +167,7 @@ def test_eight_to_four_bits_save_less_energy_than_bit_operations_say() -> None:
     assert multiply / shift == pytest.approx(2.42, abs=0.01)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 8), st.integers(1, 20))
 def test_energy_never_falls_with_bits(bits: int, inputs: int, blocks: int, side: int) -> None:
     channels = 8 * blocks  # codes of 3 bits fill groups of 8

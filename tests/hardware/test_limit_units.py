@@ -33,7 +33,7 @@ def test_readable(quantity: str, value: float, text: str) -> None:
     assert readable(quantity, value) == text
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.sampled_from(QUANTITIES), st.floats(1e-12, 1e15))
 def test_what_is_read_can_be_written_as_a_limit(quantity: str, value: float) -> None:
     text = readable(quantity, value)

@@ -118,7 +118,7 @@ def test_features_of_steps_by_hand() -> None:
     assert (amount(pooled, "element pooled"), pooled.sum()) == (400, 401)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 2**31))
 def test_the_regression_finds_what_was_put_in(seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -186,7 +186,7 @@ def test_groups_and_strides(make_graph: MakeGraph) -> None:
     assert first.macs == 8 * 4 * 8 * 9
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 1000), st.integers(1, 32)), max_size=6))
 def test_bytes_of_what_lives(drawn: list[tuple[int, int]]) -> None:
     live = tuple(Live(f"t{i}", elements, bits) for i, (elements, bits) in enumerate(drawn))

@@ -75,7 +75,7 @@ def test_a_plan_is_entered_once(tmp_path: Path) -> None:
     assert len((tmp_path / NAME).read_bytes().splitlines()) == 3
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_cut_anywhere_the_whole_lines_remain_and_the_next_one_follows_them(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

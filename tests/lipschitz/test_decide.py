@@ -66,7 +66,7 @@ batches = st.builds(
 
 
 @given(batches)
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_every_cheap_interval_holds(batch: Tensor) -> None:
     norm, rounding = truth(batch), 1 + 1e-12
     coarse = Coarse.of(batch, None, "w")
@@ -89,7 +89,7 @@ def test_on_larger_matrices_too_and_not_far_off(shape: tuple[int, int, int], kin
 
 
 @given(batches, st.sampled_from([0.1, 0.5, 0.9, 0.999, 1.0, 1.001, 1.1, 3.0, 20.0]), st.integers(0, 3))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_an_answer_is_that_of_the_norm(batch: Tensor, factor: float, ulps: int) -> None:
     """At the norm's own upper end, an ulp below it, and anywhere else."""
     expected = full(batch).upper
@@ -107,7 +107,7 @@ def test_an_answer_is_that_of_the_norm(batch: Tensor, factor: float, ulps: int) 
 
 
 @given(st.sampled_from(KINDS), st.sampled_from([0.0, 1e-9, 1e-3, 0.3, 1.0]), shapes, st.integers(0, 10**6))
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 def test_comparisons_and_neighbours(kind: str, noise: float, shape: tuple[int, int, int], seed: int) -> None:
     a = matrices(kind, shape, seed)
     b = a + noise * matrices("gauss", shape, seed + 1)
@@ -140,7 +140,7 @@ PAIRS = [(1.1, None), (1.0, 0.3), (1.02, 0.05), (0.9, 1.0), (2.0, 0.0)]
 
 
 @given(weights, st.sampled_from(PAIRS), st.booleans())
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_decisions_are_those_of_the_full_table(weight: Tensor, pair: tuple[float, float | None], split: bool) -> None:
     groups = 2 if split and len(weight) % 2 == 0 else 1
     quantized, whole, candidates = layer_candidates(weight, groups)
@@ -157,7 +157,7 @@ def test_decisions_are_those_of_the_full_table(weight: Tensor, pair: tuple[float
 
 
 @given(weights)
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_the_choice_is_that_of_the_search(weight: Tensor) -> None:
     """`qopt.search.lipschitz.choose` on the full table of norms."""
     quantized, whole, candidates = layer_candidates(weight)

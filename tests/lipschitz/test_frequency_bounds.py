@@ -45,7 +45,7 @@ blocks_of = st.builds(
 
 
 @given(blocks_of, st.integers(1, 6))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_the_largest_of_a_grid(blocks: Tensor, points: int) -> None:
     found = supremum(blocks, (Sampling(points, 1.0), Sampling(points, 1.0)))
     expected = largest(blocks, points)
@@ -55,7 +55,7 @@ def test_the_largest_of_a_grid(blocks: Tensor, points: int) -> None:
 
 
 @given(blocks_of)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_the_factor_covers_what_lies_between(blocks: Tensor) -> None:
     """Of a coarse grid, against one that has no frequency in common with it but 0."""
     grid = []
@@ -76,7 +76,7 @@ def test_without_the_factor_a_coarse_grid_would_be_caught() -> None:
 
 
 @given(blocks_of, st.integers(0, 1))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_frequencies_that_are_guessed_wrong_cost_time_and_not_truth(blocks: Tensor, sign: int) -> None:
     """The order of the eigenvalue problems is a guess: upside down, or the same for all, the bounds hold."""
     with pytest.MonkeyPatch.context() as patch:
@@ -171,7 +171,7 @@ def test_a_map_of_one_direction_ends_the_search() -> None:
 
 
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 2), st.integers(3, 7), st.integers(0, 10**6))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_sums_of_rows_and_columns(stride: int, dilation: int, padding: int, size: int, seed: int) -> None:
     size = max(size, 2 * dilation + 1 - 2 * padding)
     weight, axes = random(3, 2, 3, 3, seed=seed), geometry(stride, dilation, size, padding)

@@ -160,7 +160,7 @@ def adjoint_holds(weight: Tensor, operator: Operator, matrix: Tensor) -> bool:
 
 
 @given(convolutions)
-@settings(deadline=None, max_examples=540, suppress_health_check=list(HealthCheck))
+@settings(max_examples=540, suppress_health_check=list(HealthCheck))
 def test_norms_hold(case: Case) -> None:
     """The property: 540 configurations."""
     assert complaints(layer_norms, *case) == []
@@ -249,7 +249,7 @@ def test_a_planted_mistake_is_caught(mistake: str) -> None:
         with patched(*MAP[mistake]) if mistake in MAP else nullcontext():
             return what in complaints(norms, *case)
 
-    quick = settings(max_examples=540, phases=[Phase.generate], deadline=None, suppress_health_check=list(HealthCheck))
+    quick = settings(max_examples=540, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
     weight, operator = find(convolutions, caught, settings=quick)
     assert what not in complaints(layer_norms, weight, operator)
 
@@ -330,7 +330,7 @@ def test_an_embedding_is_its_longest_row(magnitude: float) -> None:
 
 
 @given(st.integers(-60, 60), st.integers(0, 10**6))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_a_power_of_two_scales_exactly(exponent: int, seed: int) -> None:
     weight = kernel("gauss", (3, 2, 3, 2), seed, 1.0)
     operator = Operator("convolution", stride=(2, 1), padding=((1, 0), (1, 1)), size=(6, 5))

@@ -82,7 +82,7 @@ def test_an_axis_over_the_padded_image() -> None:
 @given(
     st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(0, 3), st.integers(0, 3), st.integers(1, 12)
 )
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_outputs_and_what_they_leave(kernel: int, stride: int, dilation: int, p: int, q: int, size: int) -> None:
     assume(size + p + q >= dilation * (kernel - 1) + 1)
     found = axis(kernel, stride, dilation, (p, q), size)
@@ -96,7 +96,7 @@ def test_outputs_and_what_they_leave(kernel: int, stride: int, dilation: int, p:
     st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2), st.integers(0, 2), st.integers(1, 6),
     st.integers(0, 2),
 )  # fmt: skip
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_a_transposed_axis_is_that_of_its_adjoint(
     kernel: int, stride: int, dilation: int, p: int, q: int, size: int, extra: int
 ) -> None:

@@ -36,7 +36,7 @@ configurations = st.tuples(
 
 
 @given(configurations)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_convolution(case: tuple[int, int, int, int, int]) -> None:
     """reshaped <= operator norm <= sqrt(overlap) * reshaped in l2; equal in linf: one full patch fits in 7 x 7."""
     kernel, stride, padding, groups, seed = case
@@ -56,7 +56,7 @@ def test_convolution(case: tuple[int, int, int, int, int]) -> None:
 
 
 @given(configurations)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_transposed_convolution(case: tuple[int, int, int, int, int]) -> None:
     kernel, stride, padding, groups, seed = case
     padding = min(padding, kernel - 1)
@@ -132,7 +132,7 @@ def test_a_wrong_channel_axis_would_be_caught() -> None:
 
 
 @given(st.integers(0, 10**6), st.floats(1e-3, 1e3))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_norms_scale_and_obey_the_triangle(seed: int, factor: float) -> None:
     a, b = random(4, 3, 2, 2, seed=seed), random(4, 3, 2, 2, seed=seed + 1)
     for norm in (reshaped_l2, max_row_sum):
@@ -142,7 +142,7 @@ def test_norms_scale_and_obey_the_triangle(seed: int, factor: float) -> None:
 
 
 @given(st.integers(0, 10**6), st.integers(1, 400), st.sampled_from([1.0, 1e-20, 1e20]))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_row_sums_cover_their_rounding(seed: int, columns: int, magnitude: float) -> None:
     row = (random(1, columns, seed=seed) ** 5).float() * magnitude
     exact = math.fsum(abs(value) for value in row[0].tolist())

@@ -54,7 +54,7 @@ matrices = st.builds(
 
 
 @given(matrices)
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_both_ends_hold_and_are_close(a: Tensor) -> None:
     bound = spectral_norm(a)
     svd = truth(a)
@@ -77,7 +77,7 @@ def test_layer_sizes(shape: tuple[int, int], kind: str) -> None:
 
 
 @given(matrices, st.integers(-60, 60))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_scaling_by_a_power_of_two_is_exact(a: Tensor, exponent: int) -> None:
     a = a.double() * 1e-20
     plain, scaled = spectral_norm(a), spectral_norm(a * 2.0**exponent)
@@ -86,7 +86,7 @@ def test_scaling_by_a_power_of_two_is_exact(a: Tensor, exponent: int) -> None:
 
 
 @given(matrices)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_transpose(a: Tensor) -> None:
     plain, turned = spectral_norm(a), spectral_norm(a.T)
     assert turned.lower <= plain.upper
@@ -94,7 +94,7 @@ def test_transpose(a: Tensor) -> None:
 
 
 @given(st.integers(0, 10**6), st.sampled_from(KINDS), st.sampled_from(KINDS), st.integers(1, 12), st.integers(1, 12))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_triangle_and_product(seed: int, kind: str, other: str, rows: int, columns: int) -> None:
     a, b = matrix(kind, rows, columns, seed).double(), matrix(other, rows, columns, seed + 1).double()
     total = spectral_norm(a + b)
@@ -104,7 +104,7 @@ def test_triangle_and_product(seed: int, kind: str, other: str, rows: int, colum
 
 
 @given(matrices, st.integers(0, 100))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_no_vector_is_stretched_further(a: Tensor, seed: int) -> None:
     vector = torch.randn(a.shape[1], 20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     stretched = (a.double() @ vector).norm(dim=0) / vector.norm(dim=0)

@@ -35,7 +35,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     st.integers(1, 30), st.integers(1, 30), st.integers(0, 10**6),
     st.sampled_from([1.0, 1e-20, 1e20, 1e-37, 1e35, 1e-44, 0.02]), st.booleans(),
 )  # fmt: skip
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_bounds_hold_and_are_close(rows: int, columns: int, seed: int, magnitude: float, error: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streamed, "PART", 50)

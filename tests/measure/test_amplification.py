@@ -119,7 +119,7 @@ def test_black_images_count_where_they_are_not_zero(network: Network) -> None:
     assert (black["w1"].input.low, black["w1"].input.high) == (0.0, 1.0)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(count=st.integers(1, 40), batch=st.integers(1, 9))
 def test_batches_do_not_show(networks: dict[str, Quantizer], count: int, batch: int) -> None:
     model, clean = TwinClassifier(networks["conv"].float_graph), pictures(count, 2, 6, 6)

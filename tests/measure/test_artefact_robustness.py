@@ -94,7 +94,7 @@ class TestMismatch:
         assert accuracy_vector(artefact, made.adversarial, case.labels)[:2].all()
         assert white_box(attack, twin, artefact, case).tolist() == [False, False, True, True]
 
-    @settings(deadline=None, max_examples=40)
+    @settings(max_examples=40)
     @given(
         values=st.lists(st.integers(0, 100), min_size=1, max_size=12),
         twin_at=st.integers(35, 65),

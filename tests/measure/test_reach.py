@@ -87,7 +87,7 @@ def test_the_nearest_example_is_that_of_the_file(attack: Attack) -> None:
     assert (found.adversarial > 0.3).all(), "no further than it takes"
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     values=st.lists(st.integers(0, 100), min_size=1, max_size=8),
     twin_at=st.integers(40, 60),

@@ -132,7 +132,7 @@ def _texts(draw: st.DrawFn) -> str:
     return writer.text(draw(st.sampled_from([None, None, 2, 3])))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(text=_texts(), count=st.integers(1, 9), batch=st.integers(1, 4), runs=st.integers(1, 4))
 def test_it_equals_running_the_whole_network(text: str, count: int, batch: int, runs: int, network: Network) -> None:
     model = _model(network(text))

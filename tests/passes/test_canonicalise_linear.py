@@ -120,7 +120,7 @@ def test_it_computes_the_same_and_agrees_with_the_facts(
     assert tuple(constant_of(twin, weight_source(node)).shape) == layer.shape
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     batch=st.integers(1, 4),
     rows=st.lists(st.integers(1, 4), max_size=2),

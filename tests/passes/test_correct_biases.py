@@ -106,7 +106,7 @@ def _random_networks(draw: st.DrawFn) -> str:
     return f"(float[n,{inputs},6,6] x, {', '.join(weights)}) => (float[n,{width}] y) {{\n    {lines}\n}}"
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(text=_random_networks(), spec=st.sampled_from(["int1", "int2", "int3:tensor", "log3"]), seed=st.integers(0, 99))
 def test_means_of_random_networks(
     text: str, spec: str, seed: int, network: Network, images: Images, record: Record

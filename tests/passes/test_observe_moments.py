@@ -82,7 +82,7 @@ def _windows(draw: st.DrawFn) -> tuple[Window, tuple[int, ...]]:
     return Window(kernel, strides, dilations, pads, draw(st.sampled_from([1, 2, 4]))), size
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(case=_windows(), outputs=st.sampled_from([4, 8]))
 def test_convolutions(case: tuple[Window, tuple[int, ...]], outputs: int, network: Network, images: Images) -> None:
     window, size = case

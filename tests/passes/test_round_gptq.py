@@ -198,7 +198,7 @@ def im2col(x: Any, kernel: Any, strides: Any, dilations: Any, pads: Any, groups:
 pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     kernel=pairs, strides=pairs, dilations=st.tuples(st.integers(1, 2), st.integers(1, 2)),
     pads=st.tuples(*[st.integers(0, 2)] * 4), groups=st.sampled_from([1, 2, 4]), seed=st.integers(0, 99),

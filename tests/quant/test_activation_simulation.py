@@ -80,7 +80,7 @@ def test_equals_onnx_runtime_bit_for_bit(affine: AffineRange) -> None:
 
 
 @given(finite, finite, st.integers(0, 1000))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_equals_onnx_runtime_on_any_range(a: float, b: float, seed: int) -> None:
     affine = AffineRange.from_bounds(min(a, b), max(a, b), 8)
     values = probes(affine, seed)
@@ -131,7 +131,7 @@ def test_from_bounds(low: float, high: float, bits: int, scale: float, zero_poin
 
 
 @given(finite, finite, st.integers(1, 8))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_range_properties(a: float, b: float, bits: int) -> None:
     low, high = min(a, b), max(a, b)
     affine = AffineRange.from_bounds(low, high, bits)

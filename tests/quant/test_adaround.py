@@ -152,7 +152,7 @@ class TestSoftWeights:
         nearest_end = torch.minimum((given - reach[0]).abs(), (given - reach[1]).abs())
         assert float(nearest_end.max()) < 1e-6
 
-    @settings(deadline=None, max_examples=40)
+    @settings(max_examples=40)
     @given(text=st.sampled_from(["int1", "int2", "int3", "log3", "ternary", "int8"]), seed=st.integers(0, 999))
     def test_the_ends_are_levels(self, text: str, seed: int) -> None:
         """Whatever V becomes, what comes out is what the file can hold, and equals the soft weight at the ends."""

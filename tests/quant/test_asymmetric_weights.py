@@ -73,7 +73,7 @@ def weights(draw: st.DrawFn) -> Tensor:
 
 
 @given(weights(), st.sampled_from(CASES))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_idempotent_and_zero_stays_zero(weight: Tensor, text: str) -> None:
     found = quantized(weight, text)
     once = found.dequantize()
@@ -85,14 +85,14 @@ def test_idempotent_and_zero_stays_zero(weight: Tensor, text: str) -> None:
 
 
 @given(weights(), st.integers(2, 8), st.sampled_from(["", ":tensor"]))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_mse_is_never_worse_than_max(weight: Tensor, bits: int, shared: str) -> None:
     best, largest = (quantized(weight, f"int{bits}{shared}{scale}:asym") for scale in ("", ":max"))
     assert squared_error(weight, best) <= squared_error(weight, largest)
 
 
 @given(weights(), st.integers(2, 8))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_max_is_within_half_a_step(weight: Tensor, bits: int) -> None:
     found = quantized(weight, f"int{bits}:tensor:max:asym")
     error = (weight.double() - found.dequantize().double()).abs().max()
@@ -100,7 +100,7 @@ def test_max_is_within_half_a_step(weight: Tensor, bits: int) -> None:
 
 
 @given(weights(), st.integers(2, 8))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_every_level_is_exact_in_float32(weight: Tensor, bits: int) -> None:
     found = quantized(weight, f"int{bits}:asym")
     assert found.zero is not None

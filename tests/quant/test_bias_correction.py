@@ -15,7 +15,7 @@ from qopt.spec import WeightSpec
 
 
 @given(st.integers(0, 10**6), st.booleans(), st.sampled_from(["int2", "int3", "log3", "int1"]))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_means_agree_after_correction(seed: int, with_bias: bool, text: str) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(6, 20, generator=generator)

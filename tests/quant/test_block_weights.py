@@ -90,7 +90,7 @@ def weights(draw: st.DrawFn) -> Tensor:
 
 
 @given(weights(), st.sampled_from(ALL))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_idempotent(weight: Tensor, text: str) -> None:
     spec = in_blocks(text, 8)
     once = quantize_whole(weight, spec)
@@ -99,14 +99,14 @@ def test_idempotent(weight: Tensor, text: str) -> None:
 
 
 @given(weights(), st.sampled_from([text for text in FORMATS if "1" not in text]))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_mse_is_never_worse_than_max(weight: Tensor, text: str) -> None:
     best, largest = (quantize_whole(weight, in_blocks(text + scale, 8)) for scale in ("", ":max"))
     assert squared_error(weight, best) <= squared_error(weight, largest) * (1 + 1e-12)
 
 
 @given(weights(), st.integers(2, 4))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_auto_is_never_worse_than_any_grid(weight: Tensor, bits: int) -> None:
     """Blocks of zeros included: no integer kernel has to hold their scale."""
     auto = squared_error(weight, quantize_whole(weight, in_blocks(f"int{bits}", 8)))

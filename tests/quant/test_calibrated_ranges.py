@@ -120,7 +120,7 @@ def test_the_error_of_a_candidate_is_that_of_its_codes(kind: str, bits: int) -> 
 
 
 @given(values32, st.integers(1, 8))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_never_a_larger_error_than_min_max_on_any_values(values: list[float], bits: int) -> None:
     data = torch.tensor(values)
     observer = observe(data)
@@ -293,7 +293,7 @@ def test_relu1_codes_are_those_of_dorefa() -> None:
 
 
 @given(values32, st.randoms(use_true_random=False), st.sampled_from(["mse", "entropy", "clip1"]))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_order_does_not_matter(values: list[float], shuffler: object, calibrator: str) -> None:
     shuffled = list(values)
     shuffler.shuffle(shuffled)  # type: ignore[attr-defined]
@@ -302,7 +302,7 @@ def test_order_does_not_matter(values: list[float], shuffler: object, calibrator
 
 
 @given(values32, st.integers(-40, 40), st.sampled_from(["mse", "entropy"]))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_power_of_two_scales_the_bounds(values: list[float], exponent: int, calibrator: str) -> None:
     data = torch.tensor([v for v in values if v == 0 or abs(v) > 1e-3] or [1.0])
     small, large = (calibrate(d, f"int4:{calibrator}") for d in (data, data * 2.0**exponent))

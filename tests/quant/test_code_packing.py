@@ -27,7 +27,7 @@ def codes(draw: st.DrawFn) -> tuple[NDArray[np.int64], Packing]:
 
 
 @given(codes())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_round_trip(case: tuple[NDArray[np.int64], Packing]) -> None:
     values, packing = case
     packed = pack(values, packing)
@@ -39,7 +39,7 @@ def test_round_trip(case: tuple[NDArray[np.int64], Packing]) -> None:
 
 
 @given(codes())
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_powers_of_two_are_a_stream_of_bits(case: tuple[NDArray[np.int64], Packing]) -> None:
     """An oracle without arithmetic: the bits of all codes behind each other, lowest first."""
     values, packing = case

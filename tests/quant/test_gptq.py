@@ -136,7 +136,7 @@ cases = st.tuples(
 )
 
 
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(cases, st.booleans(), st.sampled_from(["activation", "stored"]), st.sampled_from([1e-6, 0.01, 1.0]))
 def test_never_worse_than_nearest(case: tuple[Any, ...], search: bool, order: Any, damping: float) -> None:
     seed, text, (groups, channels, columns), count = case
@@ -184,7 +184,7 @@ def test_log_codes_under_a_max_scale_come_closer() -> None:
     )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(cases)
 def test_what_the_levels_represent_comes_back(case: tuple[Any, ...]) -> None:
     """Also from a start that is wrong everywhere, under the right scale."""

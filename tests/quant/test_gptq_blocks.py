@@ -115,7 +115,7 @@ cases = st.tuples(
 )
 
 
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(cases, st.booleans(), st.sampled_from(["activation", "stored"]), st.sampled_from([1e-6, 0.01, 1.0]))
 def test_never_worse_than_nearest(case: tuple[Any, ...], search: bool, order: Any, damping: float) -> None:
     seed, text, (groups, channels, columns), count = case
@@ -148,7 +148,7 @@ def test_the_search_for_scales_only_helps(text: str) -> None:
         torch.testing.assert_close(factors.reshape(8, -1), one, rtol=1e-5, atol=0, msg="one factor a row")
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(cases)
 def test_what_the_levels_represent_comes_back(case: tuple[Any, ...]) -> None:
     seed, text, (groups, channels, columns), _ = case

@@ -48,7 +48,7 @@ def weights(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(0, 10**6), st.sampled_from([1, 2, 3]), st.sampled_from([0.01, 0.1, 1.0]))
 def test_no_step_lowers_the_objective(seed: int, groups: int, ridge: float) -> None:
     pairs, weight = Pairs.of(seed, groups, 6), weights(seed, groups * 2, 6)
@@ -65,7 +65,7 @@ def test_no_step_lowers_the_objective(seed: int, groups: int, ridge: float) -> N
         assert objective(found) <= objective(other)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(0, 10**6))
 def test_what_rounding_adds_is_the_quadratic_form(seed: int) -> None:
     """``E ||W v - M u||^2`` of any M exceeds that of the least-squares weight by ``tr (M - W') H (M - W')^T``."""

@@ -56,7 +56,7 @@ cases = st.integers(1, 3).flatmap(
 orders = st.sampled_from(["activation", "stored"])
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(cases, orders, st.booleans())
 def test_each_channel_is_rounded_as_a_weight_of_its_own(drawn: tuple[Any, ...], order: Any, search: bool) -> None:
     """Against the moment of its group, from the codes and the scale that it has."""
@@ -80,7 +80,7 @@ def test_each_channel_is_rounded_as_a_weight_of_its_own(drawn: tuple[Any, ...], 
             assert (close and same) or torch.allclose(errors(weight, found, moment)[channel], tie, rtol=1e-6)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(cases, orders, st.booleans(), st.sampled_from([1e-6, 0.01, 1.0]))
 def test_never_worse_in_any_row(drawn: tuple[Any, ...], order: Any, search: bool, damping: float) -> None:
     groups, texts, columns, seed = drawn

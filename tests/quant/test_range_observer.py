@@ -48,7 +48,7 @@ def test_percentiles_are_within_a_bin_of_numpy(kind: str, percentile: float) -> 
 
 
 @given(values32, st.sampled_from([50.5, 75.0, 99.0, 99.9]))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_percentiles_of_any_values(values: list[float], percentile: float) -> None:
     data = torch.tensor(values)
     observer = observe(data)
@@ -60,7 +60,7 @@ def test_percentiles_of_any_values(values: list[float], percentile: float) -> No
 
 
 @given(values32, st.randoms(use_true_random=False), st.integers(1, 7))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_order_and_batches_do_not_matter(values: list[float], shuffler: object, size: int) -> None:
     ordered = observe(torch.tensor(values))
     shuffled = list(values)
@@ -73,7 +73,7 @@ def test_order_and_batches_do_not_matter(values: list[float], shuffler: object, 
 
 
 @given(values32)
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_minimum_and_maximum_are_exact(values: list[float]) -> None:
     data = torch.tensor(values)
     assert observe(data).bounds() == (float(data.min()), float(data.max()))

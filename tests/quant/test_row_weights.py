@@ -48,7 +48,7 @@ def by_hand(weight: Tensor, formats: Sequence[str], axis: int) -> Tensor:
 formats = st.lists(st.sampled_from(FORMATS), min_size=1, max_size=9)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(formats, st.integers(1, 7), st.integers(0, 2), st.integers(0, 99))
 def test_every_format_sees_its_own_channels(texts: list[str], fan_in: int, axis: int, seed: int) -> None:
     weight = random(len(texts), fan_in, 2, seed=seed).movedim(0, axis)
@@ -67,7 +67,7 @@ def test_every_format_sees_its_own_channels(texts: list[str], fan_in: int, axis:
     assert torch.equal(behind[found.order], torch.arange(len(texts)))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(formats, st.integers(2, 30), st.integers(0, 99))
 def test_quantizing_twice_changes_nothing(texts: list[str], fan_in: int, seed: int) -> None:
     spec = WeightSpec.parse(f"rows({','.join(texts)})")

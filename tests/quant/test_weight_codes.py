@@ -128,7 +128,7 @@ def test_the_top_level_of_a_small_log_format_is_64_scales() -> None:
 
 
 @given(weights(), formats)
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_codes_are_representable(weight: Tensor, spec: WeightSpec) -> None:
     quantized = quantize_whole(weight, spec)
     assert quantized.codes.shape == weight.shape
@@ -150,7 +150,7 @@ def test_codes_are_representable(weight: Tensor, spec: WeightSpec) -> None:
 
 
 @given(weights(), formats)
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_idempotent(weight: Tensor, spec: WeightSpec) -> None:
     once = quantize_whole(weight, spec).dequantize()
     again = quantize_whole(once, spec)
@@ -169,7 +169,7 @@ def test_idempotent_from_float64(text: str, option: str) -> None:
 
 
 @given(weights(), formats)
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_mse_is_never_worse_than_max(weight: Tensor, spec: WeightSpec) -> None:
     mse = quantize_whole(weight, replace(spec, scale="mse"))
     if "mid" in str(spec):  # its levels are others
@@ -179,7 +179,7 @@ def test_mse_is_never_worse_than_max(weight: Tensor, spec: WeightSpec) -> None:
 
 
 @given(weights(), st.integers(2, 8), st.sampled_from(["channel", "tensor"]))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_linear_max_is_within_half_a_step(weight: Tensor, bits: int, granularity: str) -> None:
     quantized = quantize_whole(weight, WeightSpec.parse(f"int{bits}:{granularity}:max"))
     scale = quantized.scale.double()
@@ -189,7 +189,7 @@ def test_linear_max_is_within_half_a_step(weight: Tensor, bits: int, granularity
 
 
 @given(weights(), st.integers(2, 8))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_log_max_is_within_half_an_octave(weight: Tensor, bits: int) -> None:
     """Relative error at most sqrt(2) - 1 and 1 - 1/sqrt(2) where not flushed to zero: the format's floor."""
     quantized = quantize_whole(weight, WeightSpec.parse(f"log{bits}:tensor:max"))
@@ -203,7 +203,7 @@ def test_log_max_is_within_half_an_octave(weight: Tensor, bits: int) -> None:
 
 
 @given(weights(), formats)
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_sign_symmetry(weight: Tensor, spec: WeightSpec) -> None:
     weight = weight if spec.bits > 1 else torch.where(weight == 0, 0.5, weight)
     weight = torch.where(weight == 0, 0.5, weight) if "mid" in str(spec) else weight
@@ -216,7 +216,7 @@ def test_sign_symmetry(weight: Tensor, spec: WeightSpec) -> None:
 
 
 @given(weights(), formats, st.integers(-10, 10))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_power_of_two_scales_through(weight: Tensor, spec: WeightSpec, exponent: int) -> None:
     plain = quantize_whole(weight, spec)
     scaled = quantize_whole(weight * 2.0**exponent, spec)
@@ -289,7 +289,7 @@ def test_errors_name_the_layer(weight: Tensor, text: str, axis: int, error: type
 
 
 @given(weights(), st.integers(2, 8), st.sampled_from(["channel", "tensor"]))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_auto_is_never_worse_than_any_grid(weight: Tensor, bits: int, granularity: str) -> None:
     """The best for the whole tensor; a dead channel keeps it from the mid-rise grid."""
     auto = squared_error(weight, quantize_whole(weight, WeightSpec.parse(f"int{bits}:{granularity}")))

@@ -92,7 +92,7 @@ def test_every_evaluator_finds_the_weight(spec: str) -> None:
     spec=st.sampled_from(FORMATS), rows=st.integers(1, 6), blocks=st.integers(1, 3), axis=st.integers(0, 1),
     seed=st.integers(0, 2**31),
 )  # fmt: skip
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_any_matrix(spec: str, rows: int, blocks: int, axis: int, seed: int) -> None:
     columns = (WeightSpec.parse(spec).block or 5) * blocks
     weight = coded(spec, (columns, rows) if axis else (rows, columns), axis, seed)

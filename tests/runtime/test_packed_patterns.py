@@ -89,7 +89,7 @@ def test_every_evaluator_finds_the_weight(spec: str, form: str) -> None:
     spec=st.sampled_from(FORMATS), rows=st.integers(1, 9), columns=st.integers(1, 9), axis=st.integers(0, 1),
     seed=st.integers(0, 2**31), form=st.sampled_from(FORMS),
 )  # fmt: skip
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_any_matrix(spec: str, rows: int, columns: int, axis: int, seed: int, form: str) -> None:
     weight = coded(spec, (rows, columns), axis, seed)
     if form != "float" and not has_integer_levels(weight):

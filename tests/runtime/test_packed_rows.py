@@ -95,7 +95,7 @@ def test_every_evaluator_finds_the_weight(rows: str, shape: tuple[int, ...], axi
     rows=st.lists(st.sampled_from(FORMATS), min_size=1, max_size=9), columns=st.integers(1, 9), axis=st.integers(0, 1),
     seed=st.integers(0, 2**31), form=st.sampled_from(FORMS),
 )  # fmt: skip
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_any_matrix(rows: list[str], columns: int, axis: int, seed: int, form: str) -> None:
     shape = (columns, len(rows)) if axis else (len(rows), columns)
     weight = coded(",".join(rows), shape, axis, seed)

@@ -187,7 +187,7 @@ def test_uniform_plans_keep_them_too(space: Space) -> None:
     assert set(map(str, UniformSearch()(limited(space, Limit("energy", 1.4e-5))).specs.values())) == {"int4"}
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 2**31), st.floats(0.05, 1.0), st.floats(0.05, 1.0))
 def test_feasible_is_what_enumeration_says(make_space: MakeSpace, seed: int, first: float, second: float) -> None:
     rng = np.random.default_rng(seed)

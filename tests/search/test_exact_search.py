@@ -68,7 +68,7 @@ sensitivities = st.one_of(st.sampled_from([0.0, 1.0, 2.0]), st.integers(0, 10**6
 layer_formats = st.dictionaries(st.sampled_from(FORMATS), sensitivities, min_size=1, max_size=4)
 
 
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(data=st.data(), tied=st.booleans())
 def test_any_small_space(make_space: MakeSpace, data: st.DataObject, tied: bool) -> None:
     count = data.draw(st.integers(1, 4))

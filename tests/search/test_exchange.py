@@ -57,7 +57,7 @@ def worths(items: list[Item]) -> list[NDArray[np.float64] | None]:
     return [right, None, right / 3, right * 10 + 1]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), budgets=st.integers(1, 3))
 def test_no_exchange_of_two_is_missed_whatever_the_prices(seed: int, budgets: int) -> None:
     items = random_items(seed, budgets=budgets)
@@ -77,7 +77,7 @@ def test_too_small_a_neighbourhood_is_caught(monkeypatch: pytest.MonkeyPatch) ->
         test_no_exchange_of_two_is_missed_whatever_the_prices()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), budgets=st.integers(1, 4), factor=st.floats(0, 5))
 def test_any_prices_bound_the_optimum_and_the_right_ones_best(seed: int, budgets: int, factor: float) -> None:
     items = random_items(seed, budgets=budgets)
@@ -111,7 +111,7 @@ def test_walks_by_hand() -> None:
     assert walk_up([steep]) == [1]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), budgets=st.integers(1, 3))
 def test_the_walk_up_takes_edges_one_by_one(seed: int, budgets: int) -> None:
     """As it is defined, an edge at a time."""

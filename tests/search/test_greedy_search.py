@@ -116,7 +116,7 @@ def spaces(draw: st.DrawFn, make: MakeSpace, tied: bool) -> Space:
     return space
 
 
-@settings(deadline=None, max_examples=250)
+@settings(max_examples=250)
 @given(data=st.data(), tied=st.booleans())
 def test_any_small_space(make_space: MakeSpace, data: st.DataObject, tied: bool) -> None:
     check(data.draw(spaces(make_space, tied)))
@@ -213,7 +213,7 @@ def test_planted_mistakes_are_caught(
 columns = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=9)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(points=columns, multiplier=st.floats(0, 50))
 def test_the_hull_holds_the_best_choice_for_every_price(points: list[tuple[int, int]], multiplier: float) -> None:
     weight, sensitivity = np.array(points, np.float64).T
@@ -248,7 +248,7 @@ def test_the_bound_is_the_linear_relaxation(random_space: MakeSpace, budgets: in
     check_bound(random_space, budgets)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.data())
 def test_a_plan_is_found_wherever_there_is_one(data: st.DataObject) -> None:
     budgets = data.draw(st.integers(1, 3))

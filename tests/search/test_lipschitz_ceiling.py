@@ -176,7 +176,7 @@ def test_every_plan_enumerated(graph: str, bits: float | None, ties: bool) -> No
     assert not missed or float(np.median(missed)) <= 0.05
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10**6), graph=st.sampled_from(sorted(GRAPHS)), ties=st.booleans(), share=st.floats(0, 0.99),
     bits=st.sampled_from([None, 2.5, 4.0, 6.0]), size=st.one_of(st.none(), st.floats(1.0, 2.0)),

@@ -164,7 +164,7 @@ random_limits = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(layers=st.lists(layer_candidates, min_size=1, max_size=3), limits=random_limits, tied=st.booleans())
 def test_the_factor_is_the_smallest(layers: list[dict[str, float]], limits: Sequence[Limit], tied: bool) -> None:
     space = Space(

@@ -51,7 +51,7 @@ def paths(graph: Potentials, logs: Mapping[str, float]) -> list[float]:
     return to(len(graph.nodes) - 1)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(data=st.data(), graph=graphs(powers=(1,)))
 def test_sums_are_the_sum_over_all_paths(data: st.DataObject, graph: Potentials) -> None:
     logs = norms(data.draw, graph)
@@ -70,14 +70,14 @@ def literal(graph: Potentials, logs: Mapping[str, float]) -> float:
     return found[-1]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(data=st.data(), graph=graphs())
 def test_any_graph_against_the_plain_recursion(data: st.DataObject, graph: Potentials) -> None:
     logs = norms(data.draw, graph)
     assert graph.values(logs)[-1] == pytest.approx(math.log(literal(graph, logs)), abs=1e-9)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(data=st.data(), graph=graphs())
 def test_slopes_are_derivatives_and_the_tangent_lies_below(data: st.DataObject, graph: Potentials) -> None:
     at, away = norms(data.draw, graph), norms(data.draw, graph)
@@ -90,7 +90,7 @@ def test_slopes_are_derivatives_and_the_tangent_lies_below(data: st.DataObject, 
     assert tangent <= graph.values(away)[-1] + 1e-9
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(data=st.data(), graph=graphs())
 def test_any_shares_bound_a_node_from_below_and_its_own_are_equal(data: st.DataObject, graph: Potentials) -> None:
     logs = norms(data.draw, graph)

@@ -89,7 +89,7 @@ def test_with_limits_the_scale_is_the_largest_that_keeps_them(make_space: MakeSp
     assert widths(space, noise) == brute_force(space, noise)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.floats(0.0, 10.0), min_size=2, max_size=7), st.floats(2.0, 8.0))
 def test_limits_hold_and_more_noise_never_means_fewer_bits(
     make_space: MakeSpace, noise: list[float], bound: float

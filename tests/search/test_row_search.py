@@ -51,7 +51,7 @@ def falling(generator: np.random.Generator, channels: int) -> np.ndarray:
 
 
 @given(seed=st.integers(0, 10**6), first=st.integers(1, 40), second=st.integers(1, 40), bound=st.floats(1.7, 8.5))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_bits_are_kept_and_nearly_used(make_space: MakeSpace, seed: int, first: int, second: int, bound: float) -> None:
     generator = np.random.default_rng(seed)
     channels = {"a": first, "b": second}
@@ -67,7 +67,7 @@ def test_bits_are_kept_and_nearly_used(make_space: MakeSpace, seed: int, first: 
 
 
 @given(seed=st.integers(0, 10**6), channels=st.integers(1, 6), bound=st.floats(1.7, 6))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_brute_force_finds_nothing_below_the_gap(make_space: MakeSpace, seed: int, channels: int, bound: float) -> None:
     divergences = falling(np.random.default_rng(seed), channels)
     space = space_of(make_space, {"a": channels}, (parse_limit(f"bits<={bound}"),))

@@ -70,7 +70,7 @@ def plans(space: Space) -> list[tuple[float, float, dict[str, WeightSpec]]]:
     return found
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), share=st.floats(0, 1), ties=st.booleans(), bits=st.sampled_from([None, 3.5, 6.0]))
 def test_the_limit_holds_at_every_step(
     make_steps: Callable[..., Space], seed: int, share: float, ties: bool, bits: float | None

@@ -87,7 +87,7 @@ class Instance:
 SHAPES: list[list[tuple[int, ...]]] = [[(0,), (1,), (2,), (3,)], [(0, 1), (2,), (3,)], [(0,), (0, 1), (2, 3)], [(0,), (2,)]]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.sampled_from(SHAPES), st.floats(0.07, 0.9))
 def test_no_widths_are_better_than_the_gap_says(seed: int, readers: list[tuple[int, ...]], share: float) -> None:
     one = Instance(seed, readers, share=share)
@@ -117,7 +117,7 @@ def test_widths_are_worth_more_than_bits_of_weights_where_activations_are_robust
     assert set(found.specs.values()) == {WIDTHS[1]}
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(0, 10**6), st.sampled_from(SHAPES), st.floats(0.07, 0.9))
 def test_the_best_format_for_all(seed: int, readers: list[tuple[int, ...]], share: float) -> None:
     one = Instance(seed, readers, share=share)
@@ -147,7 +147,6 @@ def test_a_tensor_that_binds_too_many_layers_stays() -> None:
     assert found == Widths(dict.fromkeys(("t0", "t1"), WIDTHS[0]), found.total, found.gap, ("t0", "t1"))
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(*[st.integers(0, 4)] * 3), min_size=1, max_size=30))
 def test_what_is_kept_undercuts_all_else(rows: list[tuple[int, ...]]) -> None:
     points = np.array(rows, np.float64)
