@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from qopt.attacks.pgd import PGD
-from qopt.certify.certificate import METHODS, agreement, certify
+from qopt.certificates.certificate import METHODS, agreement, certify
 from qopt.graph.load import load_model
 from qopt.graph.prepare import prepare
 from qopt.plan import Defaults, Plan

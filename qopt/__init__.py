@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qopt._version import __version__
 
 if TYPE_CHECKING:
-    from qopt.api import analyze, attack, compare, load, optimize, preview
+    from qopt.api import analyze, attack, certify, compare, load, optimize, preview
     from qopt.config import Options
     from qopt.data import Data, load_data
     from qopt.errors import QoptError
@@ -36,6 +36,7 @@ _HOME = {
     "Report": "qopt.report.model",
     "analyze": "qopt.api",
     "attack": "qopt.api",
+    "certify": "qopt.api",
     "compare": "qopt.api",
     "load": "qopt.api",
     "load_data": "qopt.data",
@@ -57,6 +58,7 @@ __all__ = [
     "__version__",
     "analyze",
     "attack",
+    "certify",
     "compare",
     "load",
     "load_data",

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from qopt.cache import Cache
-from qopt.certify.certificate import Method
+from qopt.certificates.certificate import Method
 from qopt.config import Options, resolve_options
 from qopt.data import Data, load_data
 from qopt.errors import UsageError

@@ -390,7 +390,7 @@ def test_public_functions_have_docstrings() -> None:
 
 def test_calls_document_every_argument_and_their_errors() -> None:
     for name in ("optimize", "attack", "certify", "analyze"):
-        call = getattr(importlib.import_module("qopt.api"), name)
+        call = getattr(importlib.import_module("qopt"), name)
         text = call.__doc__
         arguments = [word for word in call.__annotations__ if word not in ("return", "options")]
         assert not [word for word in arguments if not re.search(rf"^ +{word}: |``{word}``", text, re.MULTILINE)], name

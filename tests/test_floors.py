@@ -16,7 +16,7 @@ FLOORS = {
     "_version documents columns plan_text",
     1: "quant lipschitz data",
     2: "graph runtime",
-    3: "passes attacks hardware emit certify",
+    3: "passes attacks hardware emit certificates",
     4: "search report quantize",
     5: "measure",
     6: "job",

@@ -29,6 +29,7 @@ def test_exported_names() -> None:
         "__version__",
         "analyze",
         "attack",
+        "certify",
         "compare",
         "load",
         "load_data",
@@ -37,6 +38,12 @@ def test_exported_names() -> None:
     ]
     assert all(getattr(qopt, name) is not None for name in qopt.__all__)
     assert dir(qopt) == qopt.__all__
+
+
+def test_what_is_offered_stays_what_it_is_when_all_is_imported() -> None:
+    """A subpackage of the same name would take its place."""
+    places = {path.stem if path.suffix == ".py" else path.name for path in (ROOT / "qopt").iterdir()}
+    assert not places & set(qopt.__all__)
 
 
 def test_unknown_name_is_an_attribute_error() -> None:

@@ -23,7 +23,7 @@ class Uncertified:
     Attributes:
         attack: any attack.
         certified: bool (m,), by the number of the image: whether the model is proven right on the whole ball of the
-            threat model that the attack is called with, for instance by `qopt.certify.certificate.certify`.
+            threat model that the attack is called with, for instance by `qopt.certificates.certificate.certify`.
     """
 
     attack: Attack

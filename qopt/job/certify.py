@@ -13,7 +13,7 @@ from torch import Tensor
 from qopt.attacks import PGD, predict
 from qopt.attacks.score import check_labels
 from qopt.cache import Cache, digest_arrays
-from qopt.certify.certificate import METHODS, Method, margins_by_method, radii, tried
+from qopt.certificates.certificate import METHODS, Method, margins_by_method, radii, tried
 from qopt.data import Data
 from qopt.errors import UsageError, VerificationError, nearest
 from qopt.job.rows import share

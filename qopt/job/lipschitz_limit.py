@@ -1,8 +1,8 @@
 """The limit on a network's Lipschitz constant in l2: the graph it follows from, the norms of candidates, the result.
 
-The constant is that of the network with its weights quantized, by the rules of `qopt.certify.calculus`: products along
-paths, sums at additions, roots of sums of squares at concatenations. Activation quantizers are staircases without a
-constant; for them ``||f(x) - f(x')|| <= L ||x - x'|| + C``, the limit bounds L, and C comes on top.
+The constant is that of the network with its weights quantized, by the rules of `qopt.certificates.calculus`: products
+along paths, sums at additions, roots of sums of squares at concatenations. Activation quantizers are staircases without
+a constant; for them ``||f(x) - f(x')|| <= L ||x - x'|| + C``, the limit bounds L, and C comes on top.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Final, final
 from torch import Tensor
 
 from qopt.cache import Cache, digest_arrays
-from qopt.certify.calculus import Claim, NetworkBounds, multiplicity, network_bounds
-from qopt.certify.curves import UNIT
-from qopt.certify.local import Triple, local_bound
-from qopt.certify.maps import Convolution, Product, Shape
-from qopt.certify.network import Affine, Bend, Concat, Entry, Maximum, Network, Opaque, Step, Sum
-from qopt.certify.operator_norms import map_norm, operator_norm
-from qopt.certify.read import read
+from qopt.certificates.calculus import Claim, NetworkBounds, multiplicity, network_bounds
+from qopt.certificates.curves import UNIT
+from qopt.certificates.local import Triple, local_bound
+from qopt.certificates.maps import Convolution, Product, Shape
+from qopt.certificates.network import Affine, Bend, Concat, Entry, Maximum, Network, Opaque, Step, Sum
+from qopt.certificates.operator_norms import map_norm, operator_norm
+from qopt.certificates.read import read
 from qopt.errors import UnsupportedModelError
 from qopt.graph.model import Layer
 from qopt.job.run import Run

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qopt.attacks import PGD, Classifier, Uncertified, predict
-from qopt.certify.certificate import certify
+from qopt.certificates.certificate import certify
 from qopt.errors import DataError
 from qopt.graph.prepare import prepare
 from qopt.graph.to_onnx import module_to_onnx

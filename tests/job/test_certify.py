@@ -13,7 +13,7 @@ from torch import nn
 
 import qopt
 from qopt.api import certify as certify_file
-from qopt.certify.certificate import certify, tried
+from qopt.certificates.certificate import certify, tried
 from qopt.data import Data, Split
 from qopt.errors import DataError, UnsupportedModelError, UsageError, VerificationError
 from qopt.graph.load import load_model

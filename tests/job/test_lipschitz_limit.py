@@ -14,7 +14,7 @@ from onnx import numpy_helper, parser
 
 import qopt
 from qopt.cache import Cache
-from qopt.certify.calculus import network_bounds
+from qopt.certificates.calculus import network_bounds
 from qopt.config import resolve_options
 from qopt.data import Data, Split
 from qopt.errors import InfeasibleError, UnsupportedModelError, UsageError

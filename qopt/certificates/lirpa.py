@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from qopt.certify.certificate import specification
+from qopt.certificates.certificate import specification
 from qopt.errors import DataError, QoptError, UnsupportedModelError
 from qopt.threat import ThreatModel
 
@@ -30,7 +30,7 @@ def lirpa_margins(
 ) -> Tensor:
     """Lower bounds, float64 (n,), of ``z_label - z_other`` for the worst other class over each image's ball.
 
-    Arguments are those of `qopt.certify.certificate.certify`. Balls in linf end at the box [0, 1]; those in l2 do not,
+    Arguments are those of `certificate.certify`. Balls in linf end at the box [0, 1]; those in l2 do not,
     because auto_LiRPA knows no box around them.
 
     Raises:

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qopt.certify.calculus import Claim, NetworkBounds, StepFacts, network_bounds
-from qopt.certify.certificate import certify
-from qopt.certify.local import _SLOPES
+from qopt.certificates.calculus import Claim, NetworkBounds, StepFacts, network_bounds
+from qopt.certificates.certificate import certify
+from qopt.certificates.local import _SLOPES
 from qopt.errors import UsageError
 from qopt.graph.prepare import prepare
 from qopt.graph.twin import build_twin

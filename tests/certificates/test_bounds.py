@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from qopt.certify.backward import Backward
-from qopt.certify.ball import Ball
-from qopt.certify.interval import Box, intervals
-from qopt.certify.network import Network
-from qopt.certify.read import read
+from qopt.certificates.backward import Backward
+from qopt.certificates.ball import Ball
+from qopt.certificates.interval import Box, intervals
+from qopt.certificates.network import Network
+from qopt.certificates.read import read
 from qopt.graph.prepare import prepare
 from qopt.graph.twin import build_twin
 from qopt.threat import ThreatModel
@@ -89,7 +89,7 @@ def test_chunks_change_nothing(name: str, cases: Callable[..., Case], monkeypatc
     network, ball = read(case.twin, case.shape), Ball.around(images, THREATS[0])
     rows = torch.eye(case.classes).expand(4, -1, -1)
     whole = Backward(network, ball).lower(rows)
-    monkeypatch.setattr("qopt.certify.backward.MEMORY", 48 * 1500)
+    monkeypatch.setattr("qopt.certificates.backward.MEMORY", 48 * 1500)
     assert torch.allclose(Backward(network, ball).lower(rows), whole, atol=1e-5)
 
 

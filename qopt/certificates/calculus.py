@@ -5,7 +5,7 @@ Every step carries five numbers in one norm (l2 or linf), over all images in [0,
     ||h(x) - h(x')|| <= lipschitz ||x - x'|| + slack        ||h(x)|| <= range        ||h_q(x) - h(x)|| <= deviation
 
 An activation quantizer is a staircase: it has no Lipschitz constant, only ``slack``, one step per element. So has
-float32, whose rounding is inside ``slack`` and ``deviation`` (as in `qopt.certify.interval`). The formulas: products of
+float32, whose rounding is inside ``slack`` and ``deviation`` (as in `interval`). The formulas: products of
 norms along a path, sums over additions, roots of sums of squares (l2) or maxima (linf) over concatenations, the root of
 the number of windows that hold an element for maxima, and for two activations multiplied
 ``||X Y - X' Y'|| <= ||X|| ||Y - Y'|| + ||Y'|| ||X - X'||``, which is how attention gets a bound at all: on a bounded
@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from qopt.certify.ball import Ball
-from qopt.certify.curves import UNIT, Clamp, Staircase
-from qopt.certify.interval import Box, gamma, interval
-from qopt.certify.local import Locals, Triple, local_bound
-from qopt.certify.network import Affine, Bend, Concat, Entry, Maximum, Network, Opaque, Step, Sum
-from qopt.certify.operator_norms import OUTWARD, length, operator_norm, schur, weight_change
-from qopt.certify.read import read
+from qopt.certificates.ball import Ball
+from qopt.certificates.curves import UNIT, Clamp, Staircase
+from qopt.certificates.interval import Box, gamma, interval
+from qopt.certificates.local import Locals, Triple, local_bound
+from qopt.certificates.network import Affine, Bend, Concat, Entry, Maximum, Network, Opaque, Step, Sum
+from qopt.certificates.operator_norms import OUTWARD, length, operator_norm, schur, weight_change
+from qopt.certificates.read import read
 from qopt.errors import UsageError
 from qopt.threat import Norm
 
@@ -135,7 +135,7 @@ def network_bounds(
     quantized one with activation quantizers more. Steps are paired by the names of their nodes.
 
     Raises:
-        UnsupportedModelError: what `qopt.certify.read.read` raises.
+        UnsupportedModelError: what `qopt.certificates.read.read` raises.
         UsageError: the two networks differ in more than weights, biases and quantizers.
     """
     network = read(twin, image_shape)

@@ -2,7 +2,7 @@
 
 A row of coefficients on one step's value is pulled back to the image, step by step: through affine maps by their
 transpose, through curves by the line on the safe side. What is left is a linear function of the pixels, whose extreme
-on the ball is known. The bounds hold for the network as float32 computes it, like `qopt.certify.interval`'s.
+on the ball is known. The bounds hold for the network as float32 computes it, like `qopt.certificates.interval`'s.
 
 Coefficients are float32. If A' is what float32 makes of A W, then ``A (W x + b) >= A' x + A b - gamma |A| (|W| |x|)``:
 the rounding of the reverse product costs the same kind of term as that of the forward one, and `slack` holds both.
@@ -18,11 +18,11 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
-from qopt.certify.ball import Ball
-from qopt.certify.curves import UNIT, Lines
-from qopt.certify.interval import TINY, Box, interval, slack, sum_slack, windowed
-from qopt.certify.maps import Average, Convolution, Product
-from qopt.certify.network import Affine, Bend, Concat, Entry, Maximum, Network, Opaque, Step, Sum
+from qopt.certificates.ball import Ball
+from qopt.certificates.curves import UNIT, Lines
+from qopt.certificates.interval import TINY, Box, interval, slack, sum_slack, windowed
+from qopt.certificates.maps import Average, Convolution, Product
+from qopt.certificates.network import Affine, Bend, Concat, Entry, Maximum, Network, Opaque, Step, Sum
 
 MEMORY: Final = 1 << 28
 """Bytes that the coefficients of one chunk may take, about."""

@@ -1,12 +1,12 @@
-"""From a twin to the steps of `qopt.certify.network`."""
+"""From a twin to the steps of `qopt.certificates.network`."""
 
 from __future__ import annotations
 
 from torch.fx import GraphModule
 
-from qopt.certify.network import Network
-from qopt.certify.operators import handler_of
-from qopt.certify.reader import Reader
+from qopt.certificates.network import Network
+from qopt.certificates.operators import handler_of
+from qopt.certificates.reader import Reader
 
 
 def read(twin: GraphModule, image_shape: tuple[int, ...]) -> Network:

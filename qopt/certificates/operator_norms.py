@@ -8,7 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from qopt.certify.maps import Average, Convolution, Map, Pick, Product, Scaling, Shape
+from qopt.certificates.maps import Average, Convolution, Map, Pick, Product, Scaling, Shape
 from qopt.lipschitz import NormBound, max_row_sum, spectral_norm
 from qopt.lipschitz.layer import operator_l2, operator_linf
 from qopt.lipschitz.operator import Operator

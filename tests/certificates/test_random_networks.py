@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qopt.certify.backward import Backward
-from qopt.certify.ball import Ball
-from qopt.certify.interval import intervals
-from qopt.certify.read import read
+from qopt.certificates.backward import Backward
+from qopt.certificates.ball import Ball
+from qopt.certificates.interval import intervals
+from qopt.certificates.read import read
 from qopt.graph.prepare import prepare
 from qopt.graph.twin import build_twin
 from qopt.threat import ThreatModel

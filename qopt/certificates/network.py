@@ -8,8 +8,8 @@ from typing import final
 from torch import Tensor
 from torch.fx import Node
 
-from qopt.certify.curves import Curve
-from qopt.certify.maps import Map, Shape
+from qopt.certificates.curves import Curve
+from qopt.certificates.maps import Map, Shape
 from qopt.errors import UnsupportedModelError
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from qopt.certify.backward import Backward
-from qopt.certify.ball import Ball
-from qopt.certify.curves import Clamp, Lines, Staircase
-from qopt.certify.interval import intervals
-from qopt.certify.maps import Convolution, Product
-from qopt.certify.network import Network
-from qopt.certify.read import read
+from qopt.certificates.backward import Backward
+from qopt.certificates.ball import Ball
+from qopt.certificates.curves import Clamp, Lines, Staircase
+from qopt.certificates.interval import intervals
+from qopt.certificates.maps import Convolution, Product
+from qopt.certificates.network import Network
+from qopt.certificates.read import read
 from qopt.graph.prepare import prepare
 from qopt.graph.twin import build_twin
 from qopt.threat import ThreatModel
@@ -134,7 +134,7 @@ def test_slack_dropped_on_weights_of_bad_scale(dropped: bool, monkeypatch: pytes
     network, twin = cancelling()
     if dropped:
         for place in ("interval", "backward"):
-            monkeypatch.setattr(f"qopt.certify.{place}.slack", lambda map_, size: size.new_zeros(()))
+            monkeypatch.setattr(f"qopt.certificates.{place}.slack", lambda map_, size: size.new_zeros(()))
     images = torch.full((200, 3), 1 / 3)
     images += 1e-3 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     exact = Ball(images.double(), images.double(), images.double(), None)  # the point itself: rounding is all there is

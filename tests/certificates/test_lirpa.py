@@ -14,11 +14,11 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from qopt.certify.backward import Backward
-from qopt.certify.ball import Ball
-from qopt.certify.certificate import specification
-from qopt.certify.lirpa import lirpa_margins
-from qopt.certify.read import read
+from qopt.certificates.backward import Backward
+from qopt.certificates.ball import Ball
+from qopt.certificates.certificate import specification
+from qopt.certificates.lirpa import lirpa_margins
+from qopt.certificates.read import read
 from qopt.errors import DataError, UnsupportedModelError
 from qopt.graph.prepare import prepare
 from qopt.plan import Defaults, Plan
@@ -46,7 +46,7 @@ def test_labels_that_do_not_fit_are_refused_before_anything_is_loaded(cases: Cal
 
 
 def test_nothing_of_qopt_imports_it() -> None:
-    code = "import sys, qopt.certify.lirpa, qopt.api; sys.exit('auto_LiRPA' in sys.modules)"
+    code = "import sys, qopt.certificates.lirpa, qopt.api; sys.exit('auto_LiRPA' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

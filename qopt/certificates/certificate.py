@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from qopt.certify.backward import WORK, Backward
-from qopt.certify.ball import Ball
-from qopt.certify.interval import intervals
-from qopt.certify.network import Network, difference
-from qopt.certify.read import read
+from qopt.certificates.backward import WORK, Backward
+from qopt.certificates.ball import Ball
+from qopt.certificates.interval import intervals
+from qopt.certificates.network import Network, difference
+from qopt.certificates.read import read
 from qopt.errors import DataError, UsageError
 from qopt.threat import ThreatModel
 

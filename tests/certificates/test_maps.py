@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qopt.certify.maps import Average, Convolution, Map, Pick, Product, Scaling, image, picked
-from qopt.certify.operator_norms import largest_sums, operator_norm, schur, weight_change
+from qopt.certificates.maps import Average, Convolution, Map, Pick, Product, Scaling, image, picked
+from qopt.certificates.operator_norms import largest_sums, operator_norm, schur, weight_change
 
 
 def matrix(map_: Map, source: tuple[int, ...]) -> Tensor:

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qopt.certify.curves import Clamp, Curve, Leaky, Smooth, Staircase, to_float32
-from qopt.certify.operators import _SMOOTH
+from qopt.certificates.curves import Clamp, Curve, Leaky, Smooth, Staircase, to_float32
+from qopt.certificates.operators import _SMOOTH
 from qopt.quant import ActivationQuantizer, AffineRange
 
 

@@ -1,4 +1,4 @@
-"""What each function of the twin becomes: the table that `qopt.certify.reader.Reader` looks calls up in."""
+"""What each function of the twin becomes: the table that `qopt.certificates.reader.Reader` looks calls up in."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from qopt.certify.curves import Clamp, Leaky, Smooth, Staircase
-from qopt.certify.maps import Average, Convolution, Product, Scaling
-from qopt.certify.network import Bend, Concat, Maximum, Sum
-from qopt.certify.reader import Handler, Reader
+from qopt.certificates.curves import Clamp, Leaky, Smooth, Staircase
+from qopt.certificates.maps import Average, Convolution, Product, Scaling
+from qopt.certificates.network import Bend, Concat, Maximum, Sum
+from qopt.certificates.reader import Handler, Reader
 from qopt.graph.operators import activation, arithmetic, convolution, packed_product, pooling, quantization
 from qopt.graph.operators import shape as moves
 from qopt.graph.operators.reduction import plain_sum

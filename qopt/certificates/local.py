@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qopt.certify.interval import gamma
-from qopt.certify.network import Opaque
+from qopt.certificates.interval import gamma
+from qopt.certificates.network import Opaque
 from qopt.graph.operators import activation, normalisation
 from qopt.threat import Norm
 
 
 class Triple(NamedTuple):
-    """``lipschitz``, ``slack`` and ``range`` of a step, as `qopt.certify.calculus` defines them."""
+    """``lipschitz``, ``slack`` and ``range`` of a step, as `qopt.certificates.calculus` defines them."""
 
     lipschitz: float
     slack: float

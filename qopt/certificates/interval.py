@@ -1,7 +1,7 @@
 """Interval bounds: the smallest and largest value of every element on a ball (Gowal et al. 2018).
 
 What they bound is the network as float32 computes it, whatever the order of its sums: every affine map of k terms is
-widened by ``gamma(k) (|W| |x| + |b|)`` (`qopt.certify.maps`). The arithmetic here is float64; its own roundings, a
+widened by ``gamma(k) (|W| |x| + |b|)`` (`qopt.certificates.maps`). The arithmetic here is float64; its own roundings, a
 2**29th of those, are inside the same term, which is taken for ``2 k + 8`` terms.
 """
 
@@ -13,10 +13,10 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
-from qopt.certify.ball import Ball
-from qopt.certify.curves import UNIT
-from qopt.certify.maps import Map, Pick, image
-from qopt.certify.network import Affine, Bend, Concat, Entry, Maximum, Network, Opaque, Step, Sum
+from qopt.certificates.ball import Ball
+from qopt.certificates.curves import UNIT
+from qopt.certificates.maps import Map, Pick, image
+from qopt.certificates.network import Affine, Bend, Concat, Entry, Maximum, Network, Opaque, Step, Sum
 
 TINY: Final = 2.0**-126
 """What one operation may lose where float32 flushes small numbers to zero."""
@@ -75,7 +75,7 @@ def interval(step: Step, inputs: list[Box], ball: Ball) -> Box:
 def slack(map_: Map, size: Tensor) -> Tensor:
     """What float32 may add to or take from each output, for inputs of magnitude up to ``size``: (n, *output).
 
-    For forward and reverse products together, so that the bounds of `qopt.certify.backward` can use it too.
+    For forward and reverse products together, so that the bounds of `qopt.certificates.backward` can use it too.
     """
     if map_.terms == 0 and map_.back_terms <= 1:
         return size.new_zeros(())

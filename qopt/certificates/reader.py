@@ -1,4 +1,4 @@
-"""Reads a twin node by node into the steps of `qopt.certify.network`."""
+"""Reads a twin node by node into the steps of `qopt.certificates.network`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from qopt.certify.maps import Map, picked
-from qopt.certify.network import Affine, Entry, Network, Opaque, Step
+from qopt.certificates.maps import Map, picked
+from qopt.certificates.network import Affine, Entry, Network, Opaque, Step
 from qopt.errors import CorruptModelError, UnsupportedModelError
 from qopt.graph.operators.shape import shape_of, size_of
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from qopt.attacks.pgd import PGD
-from qopt.certify.ball import Ball
-from qopt.certify.certificate import METHODS, Method, agreement, certify, radii, specification
-from qopt.certify.interval import intervals
-from qopt.certify.read import read
+from qopt.certificates.ball import Ball
+from qopt.certificates.certificate import METHODS, Method, agreement, certify, radii, specification
+from qopt.certificates.interval import intervals
+from qopt.certificates.read import read
 from qopt.errors import CorruptModelError, DataError, UnsupportedModelError, UsageError
 from qopt.graph.load import load_model
 from qopt.graph.prepare import prepare

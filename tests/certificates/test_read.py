@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import fx
 
-from qopt.certify.ball import Ball
-from qopt.certify.curves import Clamp, Leaky, Smooth, Staircase
-from qopt.certify.interval import intervals
-from qopt.certify.maps import Average, Convolution, Pick, Product, Scaling
-from qopt.certify.network import Affine, Bend, Concat, Maximum, Network, Opaque, Sum, difference
-from qopt.certify.read import read
+from qopt.certificates.ball import Ball
+from qopt.certificates.curves import Clamp, Leaky, Smooth, Staircase
+from qopt.certificates.interval import intervals
+from qopt.certificates.maps import Average, Convolution, Pick, Product, Scaling
+from qopt.certificates.network import Affine, Bend, Concat, Maximum, Network, Opaque, Sum, difference
+from qopt.certificates.read import read
 from qopt.errors import UnsupportedModelError
 from qopt.graph.operators.packed_product import packed_product, unpacked
 from qopt.graph.prepare import prepare
