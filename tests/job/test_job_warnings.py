@@ -132,7 +132,7 @@ def test_a_constant_activation(tmp_path: Path) -> None:
 
 def test_a_file_that_does_not_shrink(tmp_path: Path, example_onnx: Path) -> None:
     path = network(tmp_path, weights())
-    bundle = qopt.optimize(path, **QUICK)
+    bundle = qopt.optimize(path, data=images(40), **QUICK)
     (found,) = matching(bundle.report.warnings, "not smaller")
     assert f"({len(bundle.model)} against {path.stat().st_size} bytes)" in found
     assert not matching(warnings(example_onnx), "not smaller")
