@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -34,8 +33,6 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the `qopt` command."""
-    # torch's idle threads would spin: beside other work on the same cores that makes a run several times longer
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(standalone_mode=True)
     except QoptError as error:

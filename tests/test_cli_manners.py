@@ -54,7 +54,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def environment(place: Path, **more: str) -> dict[str, str]:
     """Without what the terminal of whoever runs the tests would say."""
     names = ("NO_COLOR", "FORCE_COLOR", "COLORTERM", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "CLICOLOR", "PY_COLORS",
-             "GITHUB_ACTIONS", "TERM", "OMP_WAIT_POLICY")  # fmt: skip
+             "GITHUB_ACTIONS", "TERM")  # fmt: skip
     kept = {name: value for name, value in os.environ.items() if name not in names}
     return {**kept, "QOPT_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1", "TERM": "xterm-256color", **more}
 
@@ -118,13 +118,6 @@ def test_without_a_terminal_there_are_no_escape_codes(place: Path, words: list[s
     done = piped(place, *words)
     assert (done.returncode, done.stderr) == (0, "")
     assert ESCAPE not in done.stdout
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="libgomp says what it read")
-@pytest.mark.parametrize(("asked", "read"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
-def test_idle_threads_leave_the_cores_to_others(place: Path, asked: dict[str, str], read: str) -> None:
-    done = piped(place, "doctor", "model.onnx", OMP_DISPLAY_ENV="TRUE", **asked)
-    assert f"OMP_WAIT_POLICY = '{read}'" in done.stderr
 
 
 def test_json_is_one_document_and_what_verbose_adds_is_elsewhere(place: Path) -> None:
