@@ -69,7 +69,7 @@ class Additions:
         """Put a packed weight in front of the node that reads it first.
 
         Only constants and the last node get a name that says whose they are, and values between a number: names of
-        steps on the way would be a quarter of the structure of a small file.
+        steps on the way would be a fifth of the structure of a small file.
         """
         for name, value in packed.tables.items():
             assert value.const_value is not None
